@@ -1,0 +1,219 @@
+"""Sampling images from EDM2 models as one self-contained Diffusers pipeline file.
+
+Papers: EDM2 (arXiv 2312.02696) for the networks, EDM (arXiv 2206.00364) for the sampler, and "Guiding a Diffusion Model
+with a Bad Version of Itself" (arXiv 2406.02507) for guidance by a second network.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+# Statistics of the latents of stabilityai/sd-vae-ft-mse, fed with images in [0, 1], over ImageNet (EDM2 Appendix B).
+SD_VAE_LATENTS_MEAN = (5.81, 3.25, 0.12, -2.15)
+SD_VAE_LATENTS_STD = (4.17, 4.62, 3.71, 3.28)
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class EDM2Pipeline(DiffusionPipeline):
+    """Images from an EDM2 network: unconditional or by class, in pixels or in the latents of a VAE.
+
+    Args:
+        unet ([`EDM2UNet2DModel`]): the network; predicts F from c_in x and the timestep ln(σ)/4.
+        scheduler ([`EDM2HeunScheduler`], or [`EDMEulerScheduler`], [`EDMDPMSolverMultistepScheduler`]).
+        guide_unet (*optional*): a second network of the same sample shape and σ_data, usually a smaller or less trained
+            one or an unconditional one, away from which `guidance_scale` extrapolates.
+        vae ([`AutoencoderKL`], *optional*): decodes latents; it was fed with images in [0, 1].
+        latents_mean, latents_std (`list[float]`, *optional*): statistics of the raw latents, per channel; the network
+            sees latents with mean 0 and standard deviation σ_data. Default: those of sd-vae-ft-mse.
+    """
+
+    model_cpu_offload_seq = "guide_unet->unet->vae"
+    _optional_components = ["guide_unet", "vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        guide_unet: ModelMixin | None = None,
+        vae: ModelMixin | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, guide_unet=guide_unet, vae=vae)
+        if vae is not None:
+            latents_mean = list(SD_VAE_LATENTS_MEAN if latents_mean is None else latents_mean)
+            latents_std = list(SD_VAE_LATENTS_STD if latents_std is None else latents_std)
+            channels = unet.config.in_channels
+            if not len(latents_mean) == len(latents_std) == vae.config.latent_channels == channels:
+                raise ValueError(
+                    f"the network has {channels} channels and the VAE {vae.config.latent_channels}, but latents_mean has "
+                    f"{len(latents_mean)} values and latents_std {len(latents_std)}; pass one value per channel."
+                )
+        self.register_to_config(latents_mean=latents_mean, latents_std=latents_std)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        num_inference_steps: int = 32,
+        generator: Generators = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["EDM2Pipeline", int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        batch_size: int | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw images.
+
+        Args:
+            class_labels (*optional*): a class, a list or a long tensor with one per image, -1 for no class; or float
+                [B,N] mixtures of classes. Default: classes drawn at random, if the network knows any.
+            num_inference_steps (`int`): N; the Heun scheduler makes 2N-1 network calls.
+            generator (*optional*): one, or a list with one per image, which makes each image independent of its batch.
+            guidance_scale (`float`): w in D_guide + w (D - D_guide) (arXiv 2406.02507 eq. 3); 1 is no guidance.
+            latents (`Tensor` [B,C,H,W], *optional*): unit Gaussian noise to start from; float64 is kept.
+            output_type (`str`): "pil", "np" [B,H,W,C] in [0, 1], "pt" [B,C,H,W] in [0, 1], or "latent": the sampler's
+                result as it is.
+            return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
+            callback_on_step_end (*optional*): called as `f(pipeline, i, timestep, {"latents": ...})` after each network
+                call; it may return a dict with new latents.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets; "latents" is the only one.
+            batch_size (`int`, *optional*): number of images, where neither labels, generators nor latents tell it.
+
+        Raises:
+            ValueError: arguments that do not fit the network or each other.
+        """
+        self._check_inputs(guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        batch_size = self._batch_size(batch_size, class_labels, generator, latents)
+        device = self._execution_device
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_begin_index(0)
+        latents = self._prepare_latents(latents, batch_size, generator, device) * self.scheduler.init_noise_sigma
+        labels = self._prepare_labels(class_labels, batch_size, generator, device)
+
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                if hasattr(self.scheduler, "churn"):
+                    latents = self.scheduler.churn(latents, t, generator)
+                network_input = self.scheduler.scale_model_input(latents, t)
+                network_output = self._predict(network_input, t, labels, guidance_scale)
+                latents = self.scheduler.step(network_output, t, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
+                progress_bar.update()
+
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(self, network_input: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        """F, guided if asked; both networks share σ_data, so that guiding F guides D. In the type of the input."""
+        output = _call(self.unet, network_input, t, labels)
+        if guidance_scale == 1:
+            return output
+        guide = _call(self.guide_unet, network_input, t, labels)
+        return torch.lerp(guide, output, guidance_scale)
+
+    def _decode(self, latents: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+        """Samples with σ_data = 0.5 to images in [0, 1]: pixels as (x + 1)/2, whitened latents through the VAE."""
+        if self.vae is None:
+            images = (latents + 1) / 2
+        else:
+            mean = torch.tensor(self.config.latents_mean, device=latents.device).reshape(1, -1, 1, 1)
+            std = torch.tensor(self.config.latents_std, device=latents.device).reshape(1, -1, 1, 1)
+            raw = latents.float() * (std / self.scheduler.config.sigma_data) + mean
+            images = self.vae.decode(raw.to(self.vae.dtype)).sample
+        images = images.float().clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return arrays
+        return [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in (arrays * 255).round().astype("uint8")]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Arguments
+
+    def _check_inputs(self, guidance_scale: float, output_type: str, tensor_inputs: Sequence[str]) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is unknown; use 'pil', 'np', 'pt' or 'latent'.")
+        channels = self.unet.config.in_channels if self.vae is None else self.vae.config.out_channels
+        if output_type == "pil" and channels not in (1, 3):
+            raise ValueError(f"output_type='pil' needs 1 or 3 channels, not {channels}; use 'np', 'pt' or 'latent'.")
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callback_on_step_end_tensor_inputs={unknown}: only {self._callback_tensor_inputs} exist.")
+        if guidance_scale == 1:
+            return
+        if self.guide_unet is None:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a guide_unet in the pipeline; add one, or use 1.")
+        if self.guide_unet.config.in_channels != self.unet.config.in_channels:
+            raise ValueError(
+                f"guide_unet has {self.guide_unet.config.in_channels} channels and unet "
+                f"{self.unet.config.in_channels}; a guide works on the same samples."
+            )
+
+    def _batch_size(self, batch_size: int | None, class_labels, generator: Generators, latents: Tensor | None) -> int:
+        """The number of images, on which all arguments have to agree."""
+        sizes = {
+            "batch_size": batch_size,
+            "class_labels": None if class_labels is None or isinstance(class_labels, int) else len(class_labels),
+            "generator": len(generator) if isinstance(generator, list) else None,
+            "latents": None if latents is None else len(latents),
+        }
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        if len(set(sizes.values())) > 1 or 0 in sizes.values():
+            found = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+            raise ValueError(f"the arguments disagree on the number of images, or it is 0 ({found}).")
+        return next(iter(sizes.values()), 1)
+
+    def _prepare_latents(
+        self, latents: Tensor | None, batch_size: int, generator: Generators, device: torch.device
+    ) -> Tensor:
+        """Unit noise [B,C,H,W], float32 or better."""
+        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        if latents is None:
+            return randn_tensor((batch_size, channels, size, size), generator, device=device, dtype=torch.float32)
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents have shape {list(latents.shape)}; the network takes [batch, {channels}, H, W].")
+        return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+
+    def _prepare_labels(
+        self, class_labels, batch_size: int, generator: Generators, device: torch.device
+    ) -> Tensor | None:
+        """Long [B] or float [B,N] for the network; None for one without classes."""
+        num_classes = self.unet.config.num_class_embeds
+        if not num_classes:
+            if class_labels is not None:
+                raise ValueError(f"class_labels={class_labels}, but this pipeline's network is unconditional; pass none.")
+            return None
+        if class_labels is None:
+            generators = generator if isinstance(generator, list) else [generator] * batch_size
+            draws = [torch.randint(num_classes, (1,), generator=g, device=g.device if g else None) for g in generators]
+            return torch.cat([d.to(device) for d in draws])
+        labels = torch.as_tensor([class_labels] * batch_size if isinstance(class_labels, int) else class_labels)
+        if not labels.is_floating_point() and (labels.min() < -1 or labels.max() >= num_classes):
+            raise ValueError(
+                f"class_labels={labels.tolist()} are not all in [0, {num_classes - 1}], the classes of this network; "
+                "use -1 for no class."
+            )
+        return labels.to(device)
+
+
+def _call(unet, network_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    """F in the type of `network_input`: the sampler's state stays float32 or better whatever a network returns."""
+    labels = labels if unet.config.num_class_embeds else None
+    return unet(network_input.to(unet.dtype), t, labels, return_dict=False)[0].to(network_input.dtype)
