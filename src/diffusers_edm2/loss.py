@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,22 @@ class EDM2LossOutput:
     loss_per_sample: Tensor
     logvar: Tensor
     sigma: Tensor
+
+
+def stream_seed(seed: int, number: int, use: int) -> int:
+    """Seed of one of the random streams of training image `number`, in [0, 2^63): a pure function of its arguments.
+
+    Args:
+        seed: of the whole run.
+        number: of the image, counted from the start of the run.
+        use: which of the image's streams.
+    """
+    return int(np.random.SeedSequence((seed, number, use)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def noise_generators(seed: int, numbers: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """One generator per training image, for `EDM2Loss.draw`: noise that does not depend on how a batch is divided."""
+    return [torch.Generator(device).manual_seed(stream_seed(seed, number, use=0)) for number in numbers]
 
 
 class EDM2Loss:

@@ -6,7 +6,7 @@ Itself" (autoguidance, 2406.02507), "Applying Guidance in a Limited Interval" (g
 
 A recipe maps the training script's option names to values; every recipe has all of them:
 
-    dataset               name of a data set that comes with the preset, or None: the user brings the images
+    dataset_name          name of a data set that comes with the preset, or None: the user brings the images
     latents               True if the data set holds VAE latents in place of images
     resolution            height and width of a training sample, in pixels of the image or of the latent
     in_channels           channels that the network denoises: 1 or 3 for images, 4 for latents
@@ -188,7 +188,7 @@ _SIZES = {
 
 # What all recipes share; each may override it.
 _COMMON = {
-    "dataset": None,
+    "dataset_name": None,
     "latents": False,
     "random_flip": False,
     "dropout": 0.0,
@@ -259,7 +259,7 @@ _CIFAR10 = _recipe(
 
 # scikit-learn's 8x8 digits, bundled with it: a few minutes on two CPU cores. A mirrored digit is no digit: no flips.
 _DIGITS = _recipe(
-    dataset="digits",
+    dataset_name="digits",
     resolution=8,
     in_channels=1,
     num_classes=10,

@@ -1,0 +1,398 @@
+"""Train an EDM2 model: `accelerate launch training/train_edm2.py --help`.
+
+The one clock is `nimg`, the number of training images seen. Data order, noise, dropout, learning rate, EMA and all file
+names are functions of it, so that a resumed run is the same run.
+"""
+
+import contextlib
+import json
+import platform
+import resource
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import GradScalerKwargs, broadcast_object_list, gather_object
+from diffusers_edm2 import EDM2HeunScheduler, EDM2Loss, EDM2Pipeline, EDM2UNet2DModel, PowerFunctionEMA, checkpoint
+from diffusers_edm2.dataset import GlobalBatchSampler, TrainingImages, collate, open_source
+from diffusers_edm2.grid import image_grid
+from diffusers_edm2.latents import quantize_rgb, sample_posterior, scale_rgb
+from diffusers_edm2.loss import noise_generators, stream_seed
+from diffusers_edm2.monitoring import LossMeter, activation_magnitudes, weight_magnitudes
+from diffusers_edm2.optim import guard_gradients, learning_rate
+from diffusers_edm2.presets import format_images, get_preset
+from diffusers_edm2.training_options import FREE_OPTIONS, fit_to_data, parse_options, resolve_batch
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+
+def main() -> None:
+    args = parse_options()
+    resolve_batch(args, PartialState().num_processes)
+    if args.dry_run:
+        return print_recipe(args)
+    images = open_images(args)
+    run_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=run_dir / "logs",
+        dynamo_backend="inductor" if args.compile else None,
+        # No loss scaling and no skipped steps: guard_gradients is the one rule for what is not finite.
+        kwargs_handlers=[GradScalerKwargs(enabled=False)],
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+
+    options = vars(args) | {"dataset_size": len(images)}
+    checkpoint.check_config(run_dir, {"options": options}, set(FREE_OPTIONS))
+    accelerator.wait_for_everyone()
+    with checkpoint.lock_run(run_dir, warn) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            for sentence in checkpoint.clean_leftovers(run_dir):
+                warn(sentence)
+        train(args, options, images, run_dir, accelerator)
+
+
+def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path, accelerator: Accelerator) -> None:
+    device, is_main = accelerator.device, accelerator.is_main_process
+    world, rank = accelerator.num_processes, accelerator.process_index
+
+    # ---- Network, optimizer, EMA -------------------------------------------------------------------------------------
+    torch.manual_seed(args.seed)
+    unet = build_unet(args)
+    unet.normalize_in_forward = False  # the loop does it once per step, whatever the accumulation
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.Adam(trained.values(), betas=betas, eps=args.adam_epsilon, fused=device.type == "cuda")
+    network, optimizer = accelerator.prepare(unet, optimizer)
+    network.train()
+    ema = PowerFunctionEMA(unet, args.ema_sigma_rel)
+    scheduler = EDM2HeunScheduler(sigma_data=args.sigma_data)
+    loss_function = EDM2Loss(args.P_mean, args.P_std)
+    meter = LossMeter(device)
+    bad_images: set[str] = set()
+    nimg = 0
+
+    # ---- Resume ------------------------------------------------------------------------------------------------------
+    if is_main:
+        checkpoint.check_free_space(run_dir, memory(unet, args)["checkpoint"], "a checkpoint")
+    found = [checkpoint.find_checkpoint(run_dir, args.resume_from_checkpoint, warn) if is_main else None]
+    if (resumed := broadcast_object_list(found)[0]) is not None:
+        tensors, state = checkpoint.load_checkpoint(resumed)
+        nimg = state["nimg"]
+        unet.load_state_dict(tensors["unet"])
+        checkpoint.load_optimizer_tensors(optimizer.optimizer, trained.items(), tensors["optimizer"])
+        tracks = {s: tensors[f"ema-{s}"] for s in args.ema_sigma_rel}
+        ema.load_state_dict({"nimg": nimg, "sigma_rel": args.ema_sigma_rel, "tracks": tracks})
+        # This status interval so far: each process its own sums, or the first all of them if their number has changed.
+        sums = tensors["meter"]["sums"].to(device)
+        meter.sums += sums[rank] if len(sums) == world else sums.sum(0) * is_main
+        bad_images.update(state["bad_images"])
+        accelerator.print(f"Resuming from {resumed}, after {nimg} of {args.duration} images.")
+        del tensors, tracks, sums
+    if is_main:
+        checkpoint.write_config(run_dir, {"options": options, "versions": versions()})
+        checkpoint.truncate_metrics(run_dir / "metrics.jsonl", nimg)
+        metrics_file = checkpoint.MetricsFile(run_dir / "metrics.jsonl")
+    if accelerator.log_with:
+        purge = {"tensorboard": {"purge_step": nimg + 1}} if nimg and args.report_to == "tensorboard" else {}
+        accelerator.init_trackers("edm2", {name: str(value) for name, value in options.items()}, purge)
+
+    # ---- Data, from image nimg on ------------------------------------------------------------------------------------
+    loader = DataLoader(
+        images,
+        batch_sampler=GlobalBatchSampler(args.total_batch_size, args.train_batch_size, rank, world, nimg),
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # keeps the loader away from the global random state
+    )
+    batches = iter(loader)
+    stop = StopSignal()
+    clock = Clock(nimg)
+    progress = tqdm(desc="training", total=args.duration, initial=nimg, unit="img", unit_scale=True, mininterval=1, disable=not is_main)
+
+    while nimg < args.duration:
+        # ---- One step: normalise, forward and backward, learning rate, Adam, EMA -------------------------------------
+        unet.normalize_weights()
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            bad_images.update(batch["bad"])
+            numbers = batch["number"].tolist()
+            generators = noise_generators(args.seed, numbers, device)
+            torch.manual_seed(stream_seed(args.seed, numbers[0], use=1))  # dropout
+            clean = to_samples(batch["image"].to(device, non_blocking=True), generators)
+            labels = batch["label"].to(device, non_blocking=True) if args.num_classes else None
+            sigma, noise = loss_function.draw(clean, generators)
+            with accelerator.accumulate(network):
+                out = loss_function(network, scheduler, clean, labels, sigma, noise)
+                accelerator.backward(out.loss)
+            meter.add_samples(out.loss_per_sample, out.logvar, out.sigma)
+
+        meter.add_step(*guard_gradients(trained.values()))
+        lr = learning_rate(nimg, args.total_batch_size, args.learning_rate, args.lr_ref_batches, args.lr_rampup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        before, nimg = nimg, nimg + args.total_batch_size
+        ema.update(nimg)
+        progress.update(args.total_batch_size)
+
+        # ---- What is due at this time --------------------------------------------------------------------------------
+        finished = nimg >= args.duration
+        interrupted = not finished and accelerator.reduce(torch.tensor(stop.received, device=device), "sum").item() > 0
+        status, sample, snapshot, save = (
+            finished or (every > 0 and before // every < nimg // every)
+            for every in (args.status_every, args.sample_every, args.snapshot_every, args.checkpoint_every)
+        )
+        if status:
+            bad_images.update(gather_object(sorted(bad_images)))
+            means = meter.means(accelerator.reduce(meter.sums, "sum"))
+            if is_main:
+                inputs = scheduler.precondition_inputs(clean, sigma), scheduler.precondition_noise(sigma), labels
+                record = {"nimg": nimg, **means, "learning_rate": lr, "bad_images": len(bad_images)}
+                record |= weight_magnitudes(unet) | activation_magnitudes(unet, *inputs) | clock.measure(nimg)
+                metrics_file.append(record)
+                accelerator.log(record, step=nimg)
+                progress.write(status_line(record))
+            meter.reset()
+        if is_main and sample:
+            save_samples(run_dir, nimg, args, ema, scheduler)
+        if is_main and snapshot:
+            save_snapshots(run_dir, nimg, args, ema, scheduler)
+        if save or interrupted:
+            sums = accelerator.gather(meter.sums[None])
+            bad_images.update(gather_object(sorted(bad_images)))
+            if is_main:
+                tensors = {
+                    "unet": unet.state_dict(),
+                    "optimizer": checkpoint.optimizer_tensors(optimizer.optimizer, trained.items()),
+                    "meter": {"sums": sums},
+                    **{f"ema-{s}": ema.averaged(s) for s in ema.sigma_rel},
+                }
+                state, limit = {"bad_images": sorted(bad_images)}, args.checkpoints_total_limit
+                checkpoint.save_checkpoint(run_dir, nimg, tensors=tensors, state=state, total_limit=limit)
+        if interrupted:
+            break
+
+    # ---- The end -----------------------------------------------------------------------------------------------------
+    progress.close()
+    accelerator.end_training()
+    if is_main and bad_images:
+        checkpoint.write_atomic(run_dir / "bad_images.json", json.dumps(sorted(bad_images), indent=2) + "\n")
+        print(f"{len(bad_images)} images could not be used; {run_dir / 'bad_images.json'} lists them.")
+    if nimg < args.duration:
+        accelerator.print(f"Stopped after {nimg} of {args.duration} images; all is saved. The same command goes on.")
+    else:
+        accelerator.print(f"Finished after {nimg} images. The pipeline is in {run_dir / 'pipeline'}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data and network
+
+
+def open_images(args: Namespace) -> TrainingImages:
+    """The training images, and `args` completed by what they are."""
+    source = open_source(
+        args.dataset_name,
+        args.train_data_dir,
+        config=args.dataset_config_name,
+        split=args.dataset_split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        cache_dir=args.cache_dir,
+        revision=args.dataset_revision,
+    )
+    crop = "center" if args.center_crop else "dhariwal" if args.dhariwal_crop else "none"
+    images = TrainingImages(source, args.seed, args.resolution, crop, args.random_flip, args.skip_bad_images)
+    fit_to_data(args, images.image_shape, source.num_classes, source.is_latent)
+    images[0]  # a wrong size or a broken file shows now, not after the set-up
+    return images
+
+
+def to_samples(images: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """What the network learns: pictures scaled to [-1, 1], stored latents drawn anew from their posterior."""
+    return scale_rgb(images) if images.dtype == torch.uint8 else sample_posterior(images, generators)
+
+
+def build_unet(args: Namespace) -> EDM2UNet2DModel:
+    return EDM2UNet2DModel(
+        sample_size=args.resolution,
+        in_channels=args.in_channels,
+        block_out_channels=args.block_out_channels,
+        layers_per_block=args.layers_per_block,
+        attention_resolutions=args.attention_resolutions,
+        attention_head_dim=args.attention_head_dim,
+        num_class_embeds=args.num_classes or None,
+        dropout=args.dropout,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run writes
+
+
+def averaged_unet(args: Namespace, weights: Mapping[str, Tensor]) -> EDM2UNet2DModel:
+    """A network whose parameters are the EMA's own tensors: no copy, and no random numbers drawn."""
+    with torch.device("meta"):
+        unet = build_unet(args)
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval()
+
+
+def build_pipeline(args: Namespace, ema: PowerFunctionEMA, scheduler: EDM2HeunScheduler) -> EDM2Pipeline:
+    """The first EMA track as a pipeline, with the VAE if there is one."""
+    unet, vae = averaged_unet(args, ema.averaged(ema.sigma_rel[0])), None
+    if args.pretrained_vae_model_name_or_path:
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).to(unet.device)
+    pipeline = EDM2Pipeline(unet, EDM2HeunScheduler.from_config(scheduler.config), vae=vae)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_snapshots(run_dir: Path, nimg: int, args: Namespace, ema: PowerFunctionEMA, scheduler) -> None:
+    """Every EMA track as a model folder, and the first as the newest pipeline."""
+    for sigma_rel in ema.sigma_rel:
+        path = run_dir / "snapshots" / f"unet-{nimg:09d}-{sigma_rel:.3f}"
+        with checkpoint.explain_save_errors(run_dir, path), checkpoint.atomic_folder(path, replace=True) as folder:
+            averaged_unet(args, ema.averaged(sigma_rel)).save_pretrained(folder)
+    path = run_dir / "pipeline"
+    with checkpoint.explain_save_errors(run_dir, path), checkpoint.atomic_folder(path, replace=True) as folder:
+        build_pipeline(args, ema, scheduler).save_pretrained(folder)
+
+
+def save_samples(run_dir: Path, nimg: int, args: Namespace, ema: PowerFunctionEMA, scheduler) -> None:
+    """A grid of 4 rows: up to 10 classes side by side, from the same noise every time."""
+    pipeline = build_pipeline(args, ema, scheduler)
+    columns = min(args.num_classes or 10, 10)
+    classes = [column * (args.num_classes or 0) // columns for column in range(columns)] * 4
+    grid: list[Image.Image] = []
+    for first in range(0, len(classes), 8):
+        chosen = classes[first : first + 8]
+        seeds = [stream_seed(args.seed, number, use=2) for number in range(first, first + len(chosen))]
+        samples = pipeline(
+            class_labels=chosen if args.num_classes else None,
+            num_inference_steps=args.num_inference_steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="latent" if pipeline.vae is None else "pt",
+        ).images
+        pixels = quantize_rgb(samples if pipeline.vae is None else 2 * samples - 1)
+        # of latents without a VAE, the first three channels are better than nothing to look at
+        arrays = pixels[:, : 1 if pixels.shape[1] < 3 else 3].permute(0, 2, 3, 1).cpu().numpy()
+        grid += [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
+    labels = [str(c) if args.num_classes else "" for c in classes]
+    path = run_dir / "samples" / f"{nimg:09d}.png"
+    with checkpoint.explain_save_errors(run_dir, path), checkpoint.atomic_file(path) as file:
+        image_grid(grid, labels, columns).save(file)
+
+
+def status_line(record: Mapping[str, float]) -> str:
+    speed = f"{record['images_per_second']:.1f} img/s  {record['memory_gib']:.1f} GiB"
+    return (
+        f"{format_images(int(record['nimg'])):>10}  loss {record['loss']:.4f}  u {record['logvar']:+.4f}  "
+        f"lr {record['learning_rate']:.5f}  grad {record['grad_norm']:.3g}  {speed}"
+        + (f"  non-finite gradients {record['nonfinite_gradients']:.0f}" if record["nonfinite_gradients"] else "")
+        + (f"  bad images {record['bad_images']:.0f}" if record["bad_images"] else "")
+    )
+
+
+class Clock:
+    """Images per second since the last look, and the most memory used so far, in GiB."""
+
+    def __init__(self, nimg: int):
+        self.nimg, self.time = nimg, time.perf_counter()
+
+    def measure(self, nimg: int) -> dict[str, float]:
+        images, seconds = nimg - self.nimg, time.perf_counter() - self.time
+        self.nimg, self.time = nimg, time.perf_counter()
+        memory = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        if torch.cuda.is_available():
+            memory["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return {"images_per_second": images / seconds, "interval_seconds": seconds, **memory}
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the loop to finish its step and save; a second one stops at once."""
+
+    def __init__(self):
+        self.received = 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        self.received = 1.0
+        signal.signal(number, signal.SIG_DFL)
+
+
+def ignore_signals(worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the main process has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "diffusers", "accelerate", "diffusers-edm2")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --dry_run
+
+
+def memory(unet: nn.Module, args: Namespace) -> dict[str, int]:
+    """Bytes per device that do not depend on the batch size, and those of a checkpoint on the disk."""
+    weights = sum(4 * p.numel() for p in unet.parameters())
+    parts = {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "ema": weights * len(args.ema_sigma_rel)}
+    return {**parts, "checkpoint": weights + parts["optimizer"] + parts["ema"]}
+
+
+def print_recipe(args: Namespace) -> None:
+    """The resolved recipe, the size and cost of the network, and the memory that it needs; nothing is written."""
+    if args.dataset_name or args.train_data_dir:
+        open_images(args)
+    if args.resolution is None or args.in_channels is None:
+        raise ValueError("--dry_run without data needs --resolution and --in_channels, or a --preset that gives them.")
+    with FakeTensorMode():
+        unet = build_unet(args).eval()
+        with FlopCounterMode(display=False) as counter:
+            unet(torch.zeros(1, args.in_channels, args.resolution, args.resolution), torch.zeros(1))
+        parameters = sum(p.numel() for p in unet.parameters())
+    for name, value in vars(args).items():
+        print(f"{name:34} {format_images(value) if name in ('duration', 'lr_rampup') else value}")
+    steps = -(-args.duration // args.total_batch_size)
+    print(f"\n{parameters / 1e6:.1f} M parameters, {counter.get_total_flops() / 2e9:.3g} GMAC per image and network call")
+    print(f"{steps} optimizer steps of {args.total_batch_size} images")
+    bytes_of = memory(unet, args)
+    on_disk = bytes_of.pop("checkpoint")
+    print(f"{sum(bytes_of.values()) / 2**30:.2f} GiB per device, without activations: ", end="")
+    print(", ".join(f"{name} {size / 2**30:.2f}" for name, size in bytes_of.items()))
+    print(f"{on_disk / 2**30:.2f} GiB per checkpoint, {bytes_of['ema'] / 2**30:.2f} GiB per snapshot of all EMA tracks")
+    for score in get_preset(args.preset).published.scores if args.preset else ():
+        guided = f", guidance {score.guidance_scale}" if score.guidance_scale != 1 else ""
+        print(f"published {score.metric} {score.value} (sigma_rel {score.sigma_rel}{guided}, {score.source})")
+
+
+if __name__ == "__main__":
+    main()
