@@ -82,7 +82,8 @@ def test_labels_may_come_as_number_list_or_tensor():
     pipe = pipeline()
     run = lambda labels, **kw: pipe(labels, generator=generators(2), num_inference_steps=2, output_type="np", **kw).images  # noqa: E731
     expected = run([4, 4])
-    assert np.array_equal(run(4), expected) and np.array_equal(run(torch.tensor([4, 4])), expected)
+    for same in (4, np.int64(4), np.array([4, 4]), torch.tensor([4, 4])):
+        assert np.array_equal(run(same), expected)
     one_hot = torch.zeros(2, 10)
     one_hot[:, 4] = 1
     assert np.array_equal(run(one_hot), expected)

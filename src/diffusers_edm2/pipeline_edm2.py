@@ -64,7 +64,7 @@ class EDM2Pipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | Sequence[int] | np.ndarray | Tensor | None = None,
         num_inference_steps: int = 32,
         generator: Generators = None,
         guidance_scale: float = 1.0,
@@ -78,7 +78,7 @@ class EDM2Pipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            class_labels (*optional*): a class, a list or a long tensor with one per image, -1 for no class; or float
+            class_labels (*optional*): a class, a list, array or tensor of integers with one per image, -1 for no class; or float
                 [B,N] mixtures of classes. Default: classes drawn at random, if the network knows any.
             num_inference_steps (`int`): N; the Heun scheduler makes 2N-1 network calls.
             generator (*optional*): one, or a list with one per image, which makes each image independent of its batch.
@@ -96,13 +96,14 @@ class EDM2Pipeline(DiffusionPipeline):
             ValueError: arguments that do not fit the network or each other.
         """
         self._check_inputs(guidance_scale, output_type, callback_on_step_end_tensor_inputs)
-        batch_size = self._batch_size(batch_size, class_labels, generator, latents)
+        labels = None if class_labels is None else torch.as_tensor(class_labels)
+        batch_size = self._batch_size(batch_size, labels, generator, latents)
         device = self._execution_device
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)
         latents = self._prepare_latents(latents, batch_size, generator, device) * self.scheduler.init_noise_sigma
-        labels = self._prepare_labels(class_labels, batch_size, generator, device)
+        labels = self._prepare_labels(labels, batch_size, generator, device)
 
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
@@ -166,11 +167,13 @@ class EDM2Pipeline(DiffusionPipeline):
                 f"{self.unet.config.in_channels}; a guide works on the same samples."
             )
 
-    def _batch_size(self, batch_size: int | None, class_labels, generator: Generators, latents: Tensor | None) -> int:
+    def _batch_size(
+        self, batch_size: int | None, labels: Tensor | None, generator: Generators, latents: Tensor | None
+    ) -> int:
         """The number of images, on which all arguments have to agree."""
         sizes = {
             "batch_size": batch_size,
-            "class_labels": None if class_labels is None or isinstance(class_labels, int) else len(class_labels),
+            "class_labels": None if labels is None or labels.ndim == 0 else len(labels),
             "generator": len(generator) if isinstance(generator, list) else None,
             "latents": None if latents is None else len(latents),
         }
@@ -192,25 +195,26 @@ class EDM2Pipeline(DiffusionPipeline):
         return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
 
     def _prepare_labels(
-        self, class_labels, batch_size: int, generator: Generators, device: torch.device
+        self, labels: Tensor | None, batch_size: int, generator: Generators, device: torch.device
     ) -> Tensor | None:
         """Long [B] or float [B,N] for the network; None for one without classes."""
         num_classes = self.unet.config.num_class_embeds
         if not num_classes:
-            if class_labels is not None:
-                raise ValueError(f"class_labels={class_labels}, but this pipeline's network is unconditional; pass none.")
+            if labels is not None:
+                raise ValueError(
+                    f"class_labels={labels.tolist()}, but this pipeline's network is unconditional; pass none."
+                )
             return None
-        if class_labels is None:
+        if labels is None:
             generators = generator if isinstance(generator, list) else [generator] * batch_size
             draws = [torch.randint(num_classes, (1,), generator=g, device=g.device if g else None) for g in generators]
-            return torch.cat([d.to(device) for d in draws])
-        labels = torch.as_tensor([class_labels] * batch_size if isinstance(class_labels, int) else class_labels)
+            return torch.cat([draw.to(device) for draw in draws])
         if not labels.is_floating_point() and (labels.min() < -1 or labels.max() >= num_classes):
             raise ValueError(
                 f"class_labels={labels.tolist()} are not all in [0, {num_classes - 1}], the classes of this network; "
                 "use -1 for no class."
             )
-        return labels.to(device)
+        return labels.expand(batch_size).to(device) if labels.ndim == 0 else labels.to(device)
 
 
 def _call(unet, network_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

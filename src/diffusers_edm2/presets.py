@@ -270,11 +270,11 @@ _DIGITS = _recipe(
     P_mean=-0.4,
     P_std=1.0,
     total_batch_size=128,
-    duration=256 * Ki,
+    duration=128 * Ki,
     learning_rate=0.010,
-    lr_ref_batches=1000,
+    lr_ref_batches=250,
     lr_rampup=16 * Ki,
-    snapshot_every=64 * Ki,
+    snapshot_every=16 * Ki,
 )
 
 
