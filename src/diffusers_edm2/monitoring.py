@@ -37,6 +37,7 @@ class LossMeter:
     def means(self, sums: Tensor | None = None) -> dict[str, float]:
         """The averages of a log line, from `sums` (of all processes) or our own; intervals without samples are left out.
 
+        grad_norm and nonfinite_gradients (elements) are means over the steps, which every process counts alike.
         loss is the mean over samples, channels and pixels; loss/sigma_A-B that of the samples with A < σ <= B.
         """
         values = (self.sums if sums is None else sums).tolist()
@@ -46,7 +47,7 @@ class LossMeter:
             "loss": sum(losses) / samples,
             "logvar": u / samples,
             "grad_norm": norms / steps,
-            "nonfinite_gradients": nonfinite,
+            "nonfinite_gradients": nonfinite / steps,
         }
         edges = (0.0, *SIGMA_EDGES, math.inf)
         for low, high, count, loss in zip(edges, edges[1:], counts, losses, strict=False):

@@ -10,7 +10,7 @@ A recipe maps the training script's option names to values; every recipe has all
     latents               True if the data set holds VAE latents in place of images
     resolution            height and width of a training sample, in pixels of the image or of the latent
     in_channels           channels that the network denoises: 1 or 3 for images, 4 for latents
-    num_classes           number of classes, or None for an unconditional network
+    num_classes           number of classes; 0 for an unconditional network
     random_flip           mirror half of the images, left to right
 
     block_out_channels    width of each resolution level of the network, the highest resolution first

@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers_edm2.presets import Ki, M, Mi, get_preset, parse_images
+from diffusers_edm2.presets import Ki, M, Mi, format_images, get_preset, parse_images
 
 # Options that may differ between the start of a run and its continuation: they say where and how fast it is computed,
 # how long it goes on and what is kept, not what is computed. Batch size per device and accumulation change the numbers
 # by float rounding only.
 FREE_OPTIONS = frozenset(
     "preset config output_dir resume_from_checkpoint checkpoints_total_limit checkpoint_every duration report_to "
-    "train_batch_size gradient_accumulation_steps dataloader_num_workers cache_dir dry_run".split()
+    "train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_num_workers cache_dir dry_run".split()
 )
+
+SOURCES = ("dataset_name", "train_data_dir")  # two ways to name the images
 
 
 def parse_int_list(text: str) -> tuple[int, ...]:
@@ -54,7 +56,7 @@ OPTIONS: tuple[Group, ...] = (
     (
         "recipe",
         (
-            Option("preset", str, None, "a published recipe, such as edm2-img512-s, edm2-img64-s, cifar10 or digits; the other options change it; without data and preset: digits", "NAME"),
+            Option("preset", str, None, "a published recipe, which the other options change: edm2-img512-{xxs,xs,s,m,l,xl,xxl}, edm2-img64-{xs,s,m,l,xl}, cifar10 or digits; without data and preset: digits", "NAME"),
             Option("config", str, None, "YAML file of these options; the command line wins over it, it wins over the preset", "FILE"),
             Option("dry_run", parse_bool, False, "print the resolved recipe, parameters, GMAC per image and memory, then stop; nothing is written"),
         ),
@@ -76,7 +78,7 @@ OPTIONS: tuple[Group, ...] = (
             Option("random_flip", parse_bool, False, "mirror half of the images, left to right"),
             Option("skip_bad_images", parse_bool, False, "leave out images that cannot be used, count and list them, instead of stopping"),
             Option("latents", parse_bool, None, "whether the data set holds stored VAE latents (default: as found)"),
-            Option("pretrained_vae_model_name_or_path", str, None, "AutoencoderKL that decodes latents, for sample grids and the saved pipeline", "NAME"),
+            Option("pretrained_vae_model_name_or_path", str, None, "AutoencoderKL, Hub id or folder, that decodes latents for sample grids and the saved pipeline", "NAME"),
             Option("dataloader_num_workers", int, 2, "processes that read images, per device; 0 reads in the training process", "N"),
         ),
     ),
@@ -104,9 +106,9 @@ OPTIONS: tuple[Group, ...] = (
     (
         "optimization",
         (
-            Option("duration", parse_images, 8 * Mi, "training images in all; suffixes Ki, Mi, Gi (powers of 1024) and k, M (of 1000)", "IMAGES"),
+            Option("duration", parse_images, 8 * Mi, "training images in all, in place of a number of steps or epochs; suffixes Ki, Mi, Gi (powers of 1024) and k, M (of 1000)", "IMAGES"),
             Option("total_batch_size", int, None, "images per optimizer step, over all devices; accumulation is derived from it (default: --train_batch_size x accumulation x devices)", "N"),
-            Option("train_batch_size", int, None, "images per device and forward pass (default: what --total_batch_size asks for, or 16)", "N"),
+            Option("train_batch_size", int, None, "images per device and forward pass (default: all of --total_batch_size at once, or 16; give it when memory runs out)", "N"),
             Option("gradient_accumulation_steps", int, None, "forward passes per optimizer step (default: derived, or 1)", "N"),
             Option("learning_rate", float, 0.01, "reference learning rate alpha_ref (EDM2 eq. 67)", "X"),
             Option("lr_ref_batches", float, 35000.0, "steps after which the rate decays as 1/sqrt(steps), t_ref (EDM2 eq. 67); 0: no decay", "STEPS"),
@@ -121,7 +123,7 @@ OPTIONS: tuple[Group, ...] = (
     (
         "speed",
         (
-            Option("mixed_precision", str, None, "type of the network's activations; no loss scaling is used (default: as accelerate is configured)", None, ("no", "fp16", "bf16")),
+            Option("mixed_precision", str, None, "type of the network's activations; no loss scaling is used (default: that of the preset, or as accelerate is configured)", None, ("no", "fp16", "bf16")),
             Option("allow_tf32", parse_bool, False, "let NVIDIA GPUs round float32 products to TF32; off, as in the paper"),
             Option("compile", parse_bool, False, "torch.compile the network: minutes at the start, faster afterwards"),
         ),
@@ -135,7 +137,7 @@ OPTIONS: tuple[Group, ...] = (
             Option("snapshot_every", parse_images, 1 * Mi, "images between two snapshots of each EMA; 0: only at the end", "IMAGES"),
             Option("checkpoint_every", parse_images, 1 * Mi, "images between two checkpoints to resume from; 0: only at the end", "IMAGES"),
             Option("checkpoints_total_limit", int, 2, "how many checkpoints are kept", "N"),
-            Option("resume_from_checkpoint", str, "latest", "latest (if there is one), the number of images of a checkpoint of this run, or a path", "WHICH"),
+            Option("resume_from_checkpoint", str, "latest", "latest (if there is one), the number of images of a checkpoint of this run, or a path; to start anew, give another --output_dir", "WHICH"),
             Option("report_to", str, "tensorboard", "tracker: tensorboard, wandb, another that accelerate knows, or none", "NAME"),
             Option("num_inference_steps", int, 32, "sampling steps for the grids", "N"),
         ),
@@ -159,7 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
     for title, options in OPTIONS:
         group = parser.add_argument_group(title)
         for o in options:
-            default = "" if o.default is None or o.parse is parse_bool else f" (default: {_show(o.default)})"
+            show = format_images if o.parse is parse_images else _show
+            default = "" if o.default is None or o.parse is parse_bool else f" (default: {show(o.default)})"
             help_text = f"{o.help}{default}".replace("%", "%%")
             if o.parse is parse_bool:
                 group.add_argument(f"--{o.name}", action=argparse.BooleanOptionalAction, help=help_text)
@@ -203,16 +206,20 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def merge_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` (the command line) over its `config` file, over the preset, over the defaults.
 
+    Who names the images, by whichever of the two options, replaces the images named below.
+
     Raises:
         ValueError: a configuration file or preset that does not exist, or options that contradict each other.
     """
     file = read_config(given["config"]) if given.get("config") else {}
+    if any(given.get(name) for name in SOURCES):
+        file = {name: value for name, value in file.items() if name not in SOURCES}
     asked = {**file, **given}
-    if not any(asked.get(name) for name in ("preset", "dataset_name", "train_data_dir")):
+    if not any(asked.get(name) for name in ("preset", *SOURCES)):
         asked["preset"] = "digits"
     preset = dict(get_preset(asked["preset"]).recipe) if asked.get("preset") else {}
     if asked.get("train_data_dir"):
-        preset["dataset_name"] = None  # the preset's own images give way
+        preset["dataset_name"] = None
     options = {**{name: o.default for name, o in TABLE.items()}, **preset, **asked}
     check_options(options)
     return options
@@ -236,11 +243,15 @@ def read_config(path: str) -> dict[str, Any]:
         raise ValueError(f'--config {path} must hold lines of "option: value".')
     options = {}
     for name, value in content.items():
-        if name not in TABLE or name == "config":
+        if name == "config":
+            raise ValueError(f"--config {path} cannot name another configuration file; put all options into one.")
+        if name not in TABLE:
             close = difflib.get_close_matches(str(name), TABLE, n=1)
             hint = f'; did you mean "{close[0]}"?' if close else "; --help lists them all."
             raise ValueError(f'--config {path}: there is no option "{name}"{hint}')
         option = TABLE[name]
+        if value is None and option.default is not None:
+            raise ValueError(f"--config {path}: {name} needs a value; leave the line out for the usual one.")
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         try:
             options[name] = None if value is None else option.parse(text)
@@ -264,16 +275,22 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"--preset {options['preset']} needs images: name them with --dataset_name or --train_data_dir.")
     if options["center_crop"] and options["dhariwal_crop"]:
         raise ValueError("--center_crop and --dhariwal_crop exclude each other; give one.")
-    positive = ("duration", "status_every", "sigma_data", "P_std", "num_inference_steps", "layers_per_block")
+    positive = ("duration", "status_every", "sigma_data", "P_std", "num_inference_steps")
+    network = ("resolution", "in_channels", "layers_per_block", "attention_head_dim")
     batch = ("total_batch_size", "train_batch_size", "gradient_accumulation_steps", "checkpoints_total_limit")
-    for name in (*positive, *batch):
+    for name in (*positive, *network, *batch):
         if options[name] is not None and options[name] <= 0:
             raise ValueError(f"--{name} {options[name]} must be greater than 0.")
     for name in ("adam_beta1", "adam_beta2", "dropout"):
         if not 0 <= options[name] < 1:
             raise ValueError(f"--{name} {options[name]} must be at least 0 and less than 1.")
-    for name in ("learning_rate", "lr_ref_batches", "lr_rampup", "dataloader_num_workers", "seed"):
-        if options[name] < 0:
+    if min(options["block_out_channels"], default=0) <= 0:
+        raise ValueError(
+            f"--block_out_channels {_show(options['block_out_channels'])} must be one or more widths greater than 0."
+        )
+    rates = ("learning_rate", "lr_ref_batches", "lr_rampup", "adam_epsilon")
+    for name in (*rates, "num_classes", "dataloader_num_workers", "seed"):
+        if options[name] is not None and options[name] < 0:
             raise ValueError(f"--{name} {options[name]} must not be negative.")
     lengths = options["ema_sigma_rel"]
     names = {f"{s:.3f}" for s in lengths}  # as in the names of snapshots
