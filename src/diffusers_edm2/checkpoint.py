@@ -1,14 +1,14 @@
 """The run folder: files and folders that appear whole or not at all, resume state, configuration, metrics.
 
-Everything is written aside, synchronised to the disk and renamed, so a process may be killed and a machine may lose power
-at any moment. Two kinds of leftovers are possible, and their names say what they are worth:
+Everything is written aside, synchronised to the disk and renamed, so a process may be killed and a machine may lose
+power at any moment. Two kinds of leftovers are possible, and their names say what they are worth:
 
     .tmp-<process>-<name>    unfinished or discarded: always rubbish
     .tmp-old-<name>          the former `<name>`, whole, while a new one takes its place
 
-A checkpoint is a folder of safetensors files, one per group of tensors, a `state.json`, and a `manifest.json` with the size
-and the SHA-256 of each file. No pickle is written and none is read. Needs a POSIX system (folders are synchronised, runs
-are locked).
+A checkpoint is a folder of safetensors files, one per group of tensors, a `state.json`, and a `manifest.json` with the
+size and the SHA-256 of each file. No pickle is written and none is read. Needs a POSIX system: folders are
+synchronised, runs are locked.
 """
 
 import errno
@@ -38,7 +38,7 @@ class CheckpointError(RuntimeError):
     """A file of the run cannot be written, found or trusted; the message says which, why, and what to do."""
 
 
-# ---- Atomic writes ---------------------------------------------------------------------------------------------------
+# ---- Atomic writes -------------------------------------------------------------------------------
 
 
 def make_folder(path: Path) -> None:
@@ -51,7 +51,7 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with the same suffix; what is written there becomes `path` in one step.
+    """Yield a temporary path beside `path`, with its suffix; what is written there becomes `path` in one step.
 
     On any error, KeyboardInterrupt included, the temporary file goes and `path` stays as it was.
     """
@@ -77,12 +77,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; with all that was put into it, it becomes `path`.
 
-    With `replace`, an existing `path` is renamed to `.tmp-old-<name>`, the new one takes its name, and only then the old
-    one is deleted. A process that is killed between the two renames leaves the old one whole under that name; the next
-    `atomic_folder` or `clean_leftovers` puts it back. Files get the permissions that the umask gives (safetensors
+    With `replace`, an existing `path` is renamed to `.tmp-old-<name>`, the new one takes its name, and only then the
+    old one is deleted. A process that is killed between the two renames leaves the old one whole under that name; the
+    next `atomic_folder` or `clean_leftovers` puts it back. Files get the permissions that the umask gives (safetensors
     would keep them from everyone but the owner).
 
-    On any error, KeyboardInterrupt included, the temporary folder goes and `path` stays as it was.
+    On any error, KeyboardInterrupt included, the temporary folder goes and `path` is what it was (or, if the error
+    came after the last rename, the new one).
 
     Raises:
         FileExistsError: `path` exists and `replace` is False.
@@ -140,7 +141,7 @@ def _aside(path: Path) -> Path:
 
 
 def _finish_swap(path: Path) -> None:
-    """After a replacement, or one that was interrupted: delete the old folder if a new one is there, else restore it."""
+    """End a replacement, maybe an interrupted one: delete the old folder if a new one is there, else restore it."""
     if os.path.lexists(_aside(path)):
         if os.path.lexists(path):
             _discard(_aside(path))
@@ -192,7 +193,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-# ---- One run, one writer, enough room --------------------------------------------------------------------------------
+# ---- One run, one writer, enough room ------------------------------------------------------------
 
 
 @contextmanager
@@ -255,7 +256,7 @@ def explain_save_errors(run_dir: Path, path: Path) -> Iterator[None]:
         ) from error
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -426,7 +427,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# ---- Optimizer state as tensors --------------------------------------------------------------------------------------
+# ---- Optimizer state as tensors ------------------------------------------------------------------
 
 
 def optimizer_tensors(
@@ -522,10 +523,10 @@ def _by_name(
 
 def _spreads_to(shape: torch.Size, target: torch.Size) -> bool:
     """Scalars (a step count), rows and columns (factored moments)."""
-    return not shape or (len(shape) == len(target) and all(n in (1, m) for n, m in zip(shape, target)))
+    return not shape or (len(shape) == len(target) and all(n in (1, m) for n, m in zip(shape, target, strict=True)))
 
 
-# ---- Configuration ---------------------------------------------------------------------------------------------------
+# ---- Configuration -------------------------------------------------------------------------------
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
@@ -578,7 +579,7 @@ def _show(options: Mapping[str, Any], name: str) -> str:
     return json.dumps(options[name], sort_keys=True) if name in options else "(not set)"
 
 
-# ---- Metrics ---------------------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 class MetricsFile:
