@@ -10,14 +10,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import diffusers_edm2  # noqa: F401  makes the pipeline known to Diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from sklearn.neighbors import KNeighborsClassifier
+
+import diffusers_edm2  # noqa: F401  makes the pipeline known to Diffusers
 from diffusers_edm2.dataset import DigitsSource
 from diffusers_edm2.grid import image_grid
 from diffusers_edm2.metrics import frechet_distance
-from sklearn.neighbors import KNeighborsClassifier
 
 
 def main() -> int:

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from diffusers_edm2.ema import PowerFunctionEMA, ema_beta, gamma_to_sigma_rel, sigma_rel_to_gamma
 from golden_files import GOLDEN
-from torch import nn
 
 SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text())
 
@@ -49,11 +50,15 @@ def centre_of_mass(sigma_rel: float, total: int, interval: int) -> float:
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.10, 0.20])
 @pytest.mark.parametrize("interval", [4, 64, 400])
 def test_profile_is_the_power_function_at_any_interval(sigma_rel, interval):
-    """The profile t^gamma has its centre of mass at (gamma+1)/(gamma+2); a decay meant for one step, used every
-    hundred, would put it at 0.15 of the run instead of 0.95."""
+    """The profile t^gamma has its centre of mass at (gamma+1)/(gamma+2).
+
+    A decay meant for one step, used every hundred, would put it at 0.15 of the run instead of 0.95.
+    """
     gamma = sigma_rel_to_gamma(sigma_rel)
     # an interval of 1 % of the run shifts the weight of each interval to its end
-    assert centre_of_mass(sigma_rel, 40_000, interval) == pytest.approx((gamma + 1) / (gamma + 2), abs=interval / 40_000 + 1e-3)
+    assert centre_of_mass(sigma_rel, 40_000, interval) == pytest.approx(
+        (gamma + 1) / (gamma + 2), abs=interval / 40_000 + 1e-3
+    )
 
 
 def test_buffers_and_frozen_parameters_are_copied():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Loss, PowerFunctionEMA
 from diffusers_edm2.optim import guard_gradients, learning_rate
 from golden_files import build_unet, load_golden, select
@@ -18,7 +19,9 @@ def test_loss_and_gradients_equal_reference(name):
     unet.load_state_dict(select(tensors, "param"))
     scheduler = EDM2HeunScheduler(sigma_data=config.get("sigma_data", 0.5))
     sigma = (metadata["P_mean"] + metadata["P_std"] * tensors["train_rnd_normal"].flatten()).exp()
-    out = EDM2Loss()(unet, scheduler, tensors["train_images"], tensors.get("class_labels"), sigma, tensors["train_noise"])
+    out = EDM2Loss()(
+        unet, scheduler, tensors["train_images"], tensors.get("class_labels"), sigma, tensors["train_noise"]
+    )
     # float32 on both sides: only the order of additions differs
     torch.testing.assert_close(out.loss_per_sample, tensors["train_loss_per_sample"].flatten(), rtol=2e-6, atol=1e-6)
     pixels = tensors["train_images"][0].numel()
@@ -60,11 +63,17 @@ def test_training_trajectory_equals_reference():
         optimizer.step()
         ema.update(nimg + batch)
     # Rounding, which Adam amplifies where a gradient is near 0. Forgetting to normalise once would show as 6e-5.
-    for prefix, found in [("final", unet.state_dict()), ("ema_0.050", ema.averaged(0.05)), ("ema_0.100", ema.averaged(0.1))]:
+    for prefix, found in [
+        ("final", unet.state_dict()),
+        ("ema_0.050", ema.averaged(0.05)),
+        ("ema_0.100", ema.averaged(0.1)),
+    ]:
         expected = select(tensors, prefix)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=f"{prefix} {name}": f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=f"{prefix} {name}": f"{n}: {m}"
+            )
 
 
 def test_fresh_network_has_loss_one():

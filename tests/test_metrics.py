@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from diffusers_edm2.metrics import frechet_distance
 
 

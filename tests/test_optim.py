@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from diffusers_edm2.optim import guard_gradients, learning_rate
 from golden_files import GOLDEN
-from torch import nn
 
 
 def test_learning_rates_equal_reference():

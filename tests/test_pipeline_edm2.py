@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Pipeline
 from test_unet_edm2 import active_unet
 
@@ -80,7 +81,10 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_labels_may_come_as_number_list_or_tensor():
     pipe = pipeline()
-    run = lambda labels, **kw: pipe(labels, generator=generators(2), num_inference_steps=2, output_type="np", **kw).images  # noqa: E731
+
+    def run(labels, **kw):
+        return pipe(labels, generator=generators(2), num_inference_steps=2, output_type="np", **kw).images
+
     expected = run([4, 4])
     for same in (4, np.int64(4), np.array([4, 4]), torch.tensor([4, 4])):
         assert np.array_equal(run(same), expected)
@@ -93,13 +97,18 @@ def test_labels_may_come_as_number_list_or_tensor():
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (2, None)])
 def test_output_types(channels, mode):
     pipe = pipeline(unet=active_unet(in_channels=channels))
-    run = lambda kind: pipe([1, 2], generator=generators(2), num_inference_steps=2, output_type=kind).images  # noqa: E731
+
+    def run(kind):
+        return pipe([1, 2], generator=generators(2), num_inference_steps=2, output_type=kind).images
+
     latent, pt, array = run("latent"), run("pt"), run("np")
     torch.testing.assert_close(pt, ((latent + 1) / 2).clamp(0, 1))
     assert pt.shape == (2, channels, 16, 16) and array.shape == (2, 16, 16, channels)
     assert np.array_equal(array, pt.permute(0, 2, 3, 1).numpy())
     if mode is None:
-        with pytest.raises(ValueError, match="output_type='pil' needs 1 or 3 channels, not 2; use 'np', 'pt' or 'latent'"):
+        with pytest.raises(
+            ValueError, match="output_type='pil' needs 1 or 3 channels, not 2; use 'np', 'pt' or 'latent'"
+        ):
             run("pil")
         return
     images = run("pil")
@@ -113,7 +122,10 @@ def test_guide_extrapolates_and_costs_nothing_at_scale_1():
     guide = active_unet(seed=9, num_class_embeds=None, block_out_channels=(8, 8))
     pipe, calls = pipeline(guide_unet=guide), []
     guide.register_forward_hook(lambda *_: calls.append(1))
-    run = lambda w: pipe([3], generator=generators(1), num_inference_steps=1, guidance_scale=w, output_type="latent").images  # noqa: E731
+
+    def run(w):
+        return pipe([3], generator=generators(1), num_inference_steps=1, guidance_scale=w, output_type="latent").images
+
     plain = run(1.0)
     assert not calls
     only_guide = run(0.0)
@@ -179,7 +191,9 @@ def test_vae_constants_default_to_the_paper_and_must_fit():
 def test_saved_folder_loads_with_plain_diffusers(tmp_path, with_guide):
     pipe = pipeline(guide_unet=active_unet(seed=4, num_class_embeds=None) if with_guide else None)
     scale = 1.5 if with_guide else 1.0
-    images = pipe([1, 2], generator=generators(2), num_inference_steps=STEPS, guidance_scale=scale, output_type="np").images
+    images = pipe(
+        [1, 2], generator=generators(2), num_inference_steps=STEPS, guidance_scale=scale, output_type="np"
+    ).images
     pipe.save_pretrained(tmp_path / "pipe")
     np.save(tmp_path / "images.npy", images)
     script = f"""
@@ -190,7 +204,8 @@ pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "pipe")!r})
 assert type(pipe) is diffusers_edm2.EDM2Pipeline and type(pipe.unet) is diffusers_edm2.EDM2UNet2DModel
 assert type(pipe.scheduler) is diffusers_edm2.EDM2HeunScheduler
 generators = [torch.Generator().manual_seed(100 + i) for i in range(2)]
-images = pipe([1, 2], generator=generators, num_inference_steps={STEPS}, guidance_scale={scale}, output_type="np").images
+options = dict(num_inference_steps={STEPS}, guidance_scale={scale}, output_type="np")
+images = pipe([1, 2], generator=generators, **options).images
 print("difference", np.abs(images - np.load({str(tmp_path / "images.npy")!r})).max())
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
@@ -201,7 +216,8 @@ print("difference", np.abs(images - np.load({str(tmp_path / "images.npy")!r})).m
 
 def test_other_folders_load_as_before(tmp_path):
     """Registration adds names and changes nothing else."""
-    unet = diffusers.UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, **blocks)
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(loaded) is diffusers.DDPMPipeline and type(loaded.unet) is diffusers.UNet2DModel
@@ -226,13 +242,19 @@ def test_half_precision_pipeline_follows_float32(tmp_path):
     [
         ({"class_labels": [10]}, r"class_labels=\[10\] are not all in \[0, 9\], .* use -1 for no class"),
         ({"class_labels": [1], "guidance_scale": 2.0}, "guidance_scale=2.0 needs a guide_unet in the pipeline"),
-        ({"class_labels": [1], "output_type": "jpg"}, "output_type='jpg' is unknown; use 'pil', 'np', 'pt' or 'latent'"),
+        (
+            {"class_labels": [1], "output_type": "jpg"},
+            "output_type='jpg' is unknown; use 'pil', 'np', 'pt' or 'latent'",
+        ),
         (
             {"class_labels": [1, 2], "generator": [torch.Generator()] * 3},
             r"disagree on the number of images, or it is 0 \(class_labels: 2, generator: 3\)",
         ),
         ({"class_labels": []}, r"or it is 0 \(class_labels: 0\)"),
-        ({"latents": torch.zeros(1, 4, 16, 16)}, r"latents have shape \[1, 4, 16, 16\]; the network takes \[batch, 3, H, W\]"),
+        (
+            {"latents": torch.zeros(1, 4, 16, 16)},
+            r"latents have shape \[1, 4, 16, 16\]; the network takes \[batch, 3, H, W\]",
+        ),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"tensor_inputs=\['noise'\]: only \['latents'\] exist"),
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
     ],

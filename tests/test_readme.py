@@ -1,4 +1,4 @@
-"""What the README shows works: every Python block runs, every command has options that exist, every link leads somewhere."""
+"""What the README shows works: Python blocks run, commands have options that exist, links lead somewhere."""
 
 import re
 import shlex
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Pipeline
 from diffusers_edm2.training_options import build_parser
 from test_unet_edm2 import active_unet

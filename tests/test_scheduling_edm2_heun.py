@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+
 from diffusers_edm2.scheduling_edm2_heun import EDM2HeunScheduler
 from golden_files import load_golden
 
@@ -91,7 +92,9 @@ def test_ramp_and_network_calls():
     scheduler = EDM2HeunScheduler()
     scheduler.set_timesteps(18)
     assert len(scheduler.timesteps) == 35 and len(scheduler.sigmas) == 19
-    assert scheduler.sigmas[0] == pytest.approx(80, rel=1e-12) and scheduler.sigmas[17] == pytest.approx(0.002, rel=1e-12)
+    assert scheduler.sigmas[0] == pytest.approx(80, rel=1e-12) and scheduler.sigmas[17] == pytest.approx(
+        0.002, rel=1e-12
+    )
     assert scheduler.sigmas[18] == 0 and scheduler.init_noise_sigma == 80 and scheduler.order == 2
     assert scheduler.timesteps[0].item() == pytest.approx(math.log(80) / 4, rel=1e-7)
 

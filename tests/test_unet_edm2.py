@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from diffusers_edm2.unet_edm2 import EDM2UNet2DModel, mp_cat, mp_silu, mp_sum, normalize, resample_down, resample_up
 from golden_files import build_unet, load_golden, select
-from torch import nn
 
 GOLDEN = ["unet_g_rgb_cond", "unet_g_latent_uncond", "unet_g_options"]
 # float32 on both sides: only the order of additions in convolutions and matrix products may differ.
@@ -18,15 +19,15 @@ ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
 def active_unet(seed: int = 0, **options) -> EDM2UNet2DModel:
     """A tiny network whose zero-initialised gains are set, so that every path reaches the output."""
     torch.manual_seed(seed)
-    settings = dict(
-        sample_size=16,
-        in_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        attention_resolutions=(8,),
-        attention_head_dim=8,
-        num_class_embeds=10,
-    )
+    settings = {
+        "sample_size": 16,
+        "in_channels": 3,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "attention_resolutions": (8,),
+        "attention_head_dim": 8,
+        "num_class_embeds": 10,
+    }
     unet = EDM2UNet2DModel(**(settings | options))
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
@@ -143,7 +144,9 @@ def test_timestep_may_be_a_number_a_scalar_or_one_per_sample():
             assert torch.equal(unet(sample, timestep, labels).sample, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "5KB"}, {"variant": "fp16"}], ids=["plain", "sharded", "variant"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_shard_size": "5KB"}, {"variant": "fp16"}], ids=["plain", "sharded", "variant"]
+)
 def test_save_and_load(tmp_path, options):
     unet, inputs = active_unet(), example()
     unet.save_pretrained(tmp_path, **options)
@@ -271,7 +274,10 @@ def test_config_errors(options, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"sample": torch.zeros(2, 4, 16, 16)}, r"sample has shape \[2, 4, 16, 16\], but the network takes \[batch, 3, H, W\]"),
+        (
+            {"sample": torch.zeros(2, 4, 16, 16)},
+            r"sample has shape \[2, 4, 16, 16\], but the network takes \[batch, 3, H, W\]",
+        ),
         ({"timestep": torch.zeros(3)}, r"timestep has 3 values for a batch of 2"),
         ({"class_labels": torch.tensor([1])}, r"class_labels have shape \[1\] .* takes long \[2\] or float \[2, 10\]"),
         ({"class_labels": torch.tensor([1, 10])}, r"class_labels \[1, 10\] are not all in \[0, 9\]"),

@@ -513,9 +513,7 @@ class ZipFiles:
         return data
 
 
-def _decode(
-    source: ImageSource, index: int, decoder: Callable[..., np.ndarray], data: bytes, *args: Any
-) -> np.ndarray:
+def _decode(source: ImageSource, index: int, decoder: Callable[..., np.ndarray], data: bytes, *args: Any) -> np.ndarray:
     try:
         return decoder(data, *args)
     except Exception as error:  # Pillow reports damage as OSError, SyntaxError, ValueError, struct.error and others

@@ -113,7 +113,9 @@ class PowerFunctionEMA:
                 | (track.keys() ^ loaded.keys())
             )
             if different:
-                raise ValueError(f"the state belongs to another network: {different[0]} and {len(different) - 1} others differ.")
+                raise ValueError(
+                    f"the state belongs to another network: {different[0]} and {len(different) - 1} others differ."
+                )
             for name, tensor in track.items():
                 tensor.copy_(loaded[name])
         self.nimg = state["nimg"]

@@ -35,7 +35,7 @@ class LossMeter:
         self.sums[:3] += torch.stack([torch.ones_like(grad_norm), grad_norm, nonfinite.to(grad_norm)]).double()
 
     def means(self, sums: Tensor | None = None) -> dict[str, float]:
-        """The averages of a log line, from `sums` (of all processes) or our own; intervals without samples are left out.
+        """The averages of a log line, from `sums` (of all processes) or our own; empty intervals are left out.
 
         grad_norm and nonfinite_gradients (elements) are means over the steps, which every process counts alike.
         loss is the mean over samples, channels and pixels; loss/sigma_A-B that of the samples with A < σ <= B.
@@ -68,9 +68,7 @@ def weight_magnitudes(unet: nn.Module) -> dict[str, float]:
         if side in ("enc", "dec") and parameter.ndim > 1:
             groups.setdefault(f"weights/{side}_{rest.split('_')[0]}", []).append(parameter)
     return {
-        name: math.sqrt(
-            sum(float(p.float().square().sum()) for p in parameters) / sum(p.numel() for p in parameters)
-        )
+        name: math.sqrt(sum(float(p.float().square().sum()) for p in parameters) / sum(p.numel() for p in parameters))
         for name, parameters in groups.items()
     }
 

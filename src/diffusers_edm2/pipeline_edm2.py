@@ -5,6 +5,7 @@ with a Bad Version of Itself" (arXiv 2406.02507) for guidance by a second networ
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class EDM2Pipeline(DiffusionPipeline):
             sees latents with mean 0 and standard deviation σ_data. Default: those of sd-vae-ft-mse.
     """
 
+    config: Any  # with the arguments as attributes; Diffusers annotates a dict
     model_cpu_offload_seq = "guide_unet->unet->vae"
     _optional_components = ["guide_unet", "vae"]
     _callback_tensor_inputs = ["latents"]
@@ -56,8 +58,8 @@ class EDM2Pipeline(DiffusionPipeline):
             channels = unet.config.in_channels
             if not len(latents_mean) == len(latents_std) == vae.config.latent_channels == channels:
                 raise ValueError(
-                    f"the network has {channels} channels and the VAE {vae.config.latent_channels}, but latents_mean has "
-                    f"{len(latents_mean)} values and latents_std {len(latents_std)}; pass one value per channel."
+                    f"the network has {channels} channels and the VAE {vae.config.latent_channels}, but latents_mean "
+                    f"has {len(latents_mean)} values and latents_std {len(latents_std)}; pass one value per channel."
                 )
         self.register_to_config(latents_mean=latents_mean, latents_std=latents_std)
 
@@ -78,8 +80,8 @@ class EDM2Pipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            class_labels (*optional*): a class, a list, array or tensor of integers with one per image, -1 for no class; or float
-                [B,N] mixtures of classes. Default: classes drawn at random, if the network knows any.
+            class_labels (*optional*): a class, or a list, array or tensor with one per image, -1 for no class; or
+                float [B,N], mixtures of classes. Default: classes drawn at random, if the network knows any.
             num_inference_steps (`int`): N; the Heun scheduler makes 2N-1 network calls.
             generator (*optional*): one, or a list with one per image, which makes each image independent of its batch.
             guidance_scale (`float`): w in D_guide + w (D - D_guide) (arXiv 2406.02507 eq. 3); 1 is no guidance.
@@ -102,21 +104,22 @@ class EDM2Pipeline(DiffusionPipeline):
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)
-        latents = self._prepare_latents(latents, batch_size, generator, device) * self.scheduler.init_noise_sigma
+        sample = self._prepare_latents(latents, batch_size, generator, device) * self.scheduler.init_noise_sigma
         labels = self._prepare_labels(labels, batch_size, generator, device)
 
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+        progress: Any = self.progress_bar
+        with progress(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 if hasattr(self.scheduler, "churn"):
-                    latents = self.scheduler.churn(latents, t, generator)
-                network_input = self.scheduler.scale_model_input(latents, t)
+                    sample = self.scheduler.churn(sample, t, generator)
+                network_input = self.scheduler.scale_model_input(sample, t)
                 network_output = self._predict(network_input, t, labels, guidance_scale)
-                latents = self.scheduler.step(network_output, t, latents, return_dict=False)[0]
+                sample = self.scheduler.step(network_output, t, sample, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    latents = callback_on_step_end(self, i, t, {"latents": latents}).pop("latents", latents)
+                    sample = callback_on_step_end(self, i, t, {"latents": sample}).pop("latents", sample)
                 progress_bar.update()
 
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        images: Any = sample if output_type == "latent" else self._decode(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -156,7 +159,9 @@ class EDM2Pipeline(DiffusionPipeline):
             raise ValueError(f"output_type='pil' needs 1 or 3 channels, not {channels}; use 'np', 'pt' or 'latent'.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs={unknown}: only {self._callback_tensor_inputs} exist.")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={unknown}: only {self._callback_tensor_inputs} exist."
+            )
         if guidance_scale == 1:
             return
         if self.guide_unet is None:

@@ -6,6 +6,7 @@ Paper: "Elucidating the Design Space of Diffusion-Based Generative Models" (EDM,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -52,6 +53,7 @@ class EDM2HeunScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps (`int`): length of the ramp before `set_timesteps` is called.
     """
 
+    config: Any  # with the arguments as attributes; Diffusers annotates a dict
     _compatibles = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
     order = 2
 
@@ -142,17 +144,17 @@ class EDM2HeunScheduler(SchedulerMixin, ConfigMixin):
             if n is None or n < 1:
                 raise ValueError(f"num_inference_steps={n} must be at least 1, unless sigmas are given.")
             high, low = self.config.sigma_max ** (1 / self.config.rho), self.config.sigma_min ** (1 / self.config.rho)
-            sigmas = (high + torch.arange(n, dtype=torch.float64) / max(n - 1, 1) * (low - high)) ** self.config.rho
+            levels = (high + torch.arange(n, dtype=torch.float64) / max(n - 1, 1) * (low - high)) ** self.config.rho
         else:
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
-            if sigmas.ndim != 1 or not len(sigmas) or sigmas[-1] <= 0 or (sigmas.diff() >= 0).any():
-                raise ValueError(f"sigmas={sigmas.tolist()} must be a decreasing list of positive noise levels.")
-        self.num_inference_steps = len(sigmas)
+            levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+            if levels.ndim != 1 or not len(levels) or levels[-1] <= 0 or (levels.diff() >= 0).any():
+                raise ValueError(f"sigmas={levels.tolist()} must be a decreasing list of positive noise levels.")
+        self.num_inference_steps = len(levels)
         # float64 on the CPU: reading a level is exact for every sample type and never waits for an accelerator.
-        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self.sigmas = torch.cat([levels, levels.new_zeros(1)])
         # Calls alternate: step 0, then at each further level the correction of the step before and the step itself,
         # which churn moves to a higher level.
-        self.call_sigmas = torch.stack([sigmas, sigmas * (1 + self._gamma(sigmas))], dim=1).flatten()[1:]
+        self.call_sigmas = torch.stack([levels, levels * (1 + self._gamma(levels))], dim=1).flatten()[1:]
         self.timesteps = self.precondition_noise(self.call_sigmas).float().to(device)
         self._step_index = None
         self._begin_index = None
@@ -232,8 +234,8 @@ class EDM2HeunScheduler(SchedulerMixin, ConfigMixin):
         churned = index % 2 == 0 and sigma > float(self.sigmas[index // 2])
         if churned and self._churned_index != index:
             raise ValueError(
-                f"s_churn={self.config.s_churn} adds noise at sigma={float(self.sigmas[index // 2]):g}, but churn() was "
-                "not called before this step; call sample = scheduler.churn(sample, t, generator) before "
+                f"s_churn={self.config.s_churn} adds noise at sigma={float(self.sigmas[index // 2]):g}, but churn() "
+                "was not called before this step; call sample = scheduler.churn(sample, t, generator) before "
                 "scale_model_input, or set s_churn=0."
             )
 

@@ -15,20 +15,34 @@ from diffusers_edm2.presets import Ki, M, Mi, format_images, get_preset, parse_i
 # how long it goes on and what is kept, not what is computed. Batch size per device and accumulation change the numbers
 # by float rounding only.
 FREE_OPTIONS = frozenset(
-    "preset config output_dir resume_from_checkpoint checkpoints_total_limit checkpoint_every duration report_to "
-    "train_batch_size gradient_accumulation_steps gradient_checkpointing dataloader_num_workers cache_dir dry_run".split()
+    (
+        "preset",
+        "config",
+        "output_dir",
+        "resume_from_checkpoint",
+        "checkpoints_total_limit",
+        "checkpoint_every",
+        "duration",
+        "report_to",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "dataloader_num_workers",
+        "cache_dir",
+        "dry_run",
+    )
 )
 
 SOURCES = ("dataset_name", "train_data_dir")  # two ways to name the images
 
 
 def parse_int_list(text: str) -> tuple[int, ...]:
-    """ "64,128" -> (64, 128)"""
+    """Whole numbers: "64,128" -> (64, 128)."""
     return tuple(int(part) for part in text.split(",") if part.strip())
 
 
 def parse_float_list(text: str) -> tuple[float, ...]:
-    """ "0.05,0.10" -> (0.05, 0.1)"""
+    """Numbers: "0.05,0.10" -> (0.05, 0.1)."""
     return tuple(float(part) for part in text.split(",") if part.strip())
 
 
@@ -272,7 +286,9 @@ def check_options(options: Mapping[str, Any]) -> None:
         ValueError: names the option, its value and the rule.
     """
     if options["dataset_name"] is None and options["train_data_dir"] is None and not options["dry_run"]:
-        raise ValueError(f"--preset {options['preset']} needs images: name them with --dataset_name or --train_data_dir.")
+        raise ValueError(
+            f"--preset {options['preset']} needs images: name them with --dataset_name or --train_data_dir."
+        )
     if options["center_crop"] and options["dhariwal_crop"]:
         raise ValueError("--center_crop and --dhariwal_crop exclude each other; give one.")
     positive = ("duration", "status_every", "sigma_data", "P_std", "num_inference_steps")
@@ -302,8 +318,9 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def resolve_batch(options: argparse.Namespace, num_processes: int) -> None:
-    """Fill in `total_batch_size`, `train_batch_size` and `gradient_accumulation_steps`, of which total = the product
-    of the other two and the number of processes.
+    """Fill in the sizes of a step that were not given.
+
+        total_batch_size = train_batch_size x gradient_accumulation_steps x num_processes
 
     Raises:
         ValueError: they contradict each other, or the total cannot be divided.

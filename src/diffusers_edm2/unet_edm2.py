@@ -10,6 +10,7 @@ concatenations are rescaled, and no layer has a bias or a normalisation with lea
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ class MPFourier(nn.Module):
 class EDM2Block(nn.Module):
     """One encoder or decoder block: resampling, residual branch modulated by the embedding, optional self-attention.
 
-        [B, in_channels, H, W], [B, embed_dim] -> [B, out_channels, H', W'],  H' = H, H/2 ("down") or 2H ("up")
+    [B, in_channels, H, W], [B, embed_dim] -> [B, out_channels, H', W'],  H' = H, H/2 ("down") or 2H ("up")
     """
 
     def __init__(
@@ -178,7 +179,6 @@ class EDM2Block(nn.Module):
         self.emb_linear = MPLinear(embed_dim, out_channels)
         self.conv_res1 = MPConv2d(out_channels, out_channels, kernel_size=3)
         self.conv_skip = MPConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.attn_qkv = self.attn_proj = None
         if attention_head_dim is not None:
             self.attn_qkv = MPConv2d(out_channels, 3 * out_channels, kernel_size=1)
             self.attn_proj = MPConv2d(out_channels, out_channels, kernel_size=1)
@@ -203,7 +203,7 @@ class EDM2Block(nn.Module):
             x = self.conv_skip(x)
         x = mp_sum(x, y, self.res_balance)
 
-        if self.attn_qkv is not None:
+        if self.attention_head_dim is not None:
             x = mp_sum(x, self.attend(x), self.attn_balance)
         return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
 
@@ -263,6 +263,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     calls [`~EDM2UNet2DModel.normalize_weights`] once before each optimizer step's first forward.
     """
 
+    config: Any  # with the arguments as attributes; Diffusers annotates a dict
     _supports_gradient_checkpointing = True
     _no_split_modules = ["EDM2Block"]
     _keep_in_fp32_modules = ["emb_fourier", "logvar_fourier", "logvar_linear"]
@@ -291,7 +292,12 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         levels = len(block_out_channels)
         _check_config(
-            sample_size, block_out_channels, attention_resolutions, attention_head_dim, num_class_embeds, resample_filter
+            sample_size,
+            block_out_channels,
+            attention_resolutions,
+            attention_head_dim,
+            num_class_embeds,
+            resample_filter,
         )
         noise_embed_dim = noise_embed_dim or block_out_channels[0]
         embed_dim = time_embed_dim or max(block_out_channels)
@@ -427,8 +433,8 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
             return EDM2UNet2DOutput(sample=x, logvar=u)
         return (x,) if u is None else (x, u)
 
-    def _run(self, block: EDM2Block, x: Tensor, emb: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self._gradient_checkpointing_func and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, x, emb)
         return block(x, emb)
 
@@ -468,7 +474,9 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
             )
 
 
-def _check_config(sample_size, block_out_channels, attention_resolutions, attention_head_dim, num_classes, taps) -> None:
+def _check_config(
+    sample_size, block_out_channels, attention_resolutions, attention_head_dim, num_classes, taps
+) -> None:
     levels = len(block_out_channels)
     multiple = 2 ** (levels - 1)
     if not isinstance(sample_size, int) or sample_size <= 0 or sample_size % multiple:
