@@ -194,7 +194,7 @@ def test_official_data_sets_take_their_labels_from_dataset_json(tmp_path, form, 
 def test_stored_latents_are_float32_as_they_are(tmp_path):
     latents = np.random.default_rng(0).standard_normal((2, 8, 4, 4))
     files = {f"00000/img{n}.npy": npy(latents[n].astype(np.float32 if n else np.float16)) for n in (0, 1)}
-    path = write_zip(tmp_path / "vae.zip", files | {"dataset.json": listing({name: 1 for name in files})})
+    path = write_zip(tmp_path / "vae.zip", files | {"dataset.json": listing(dict.fromkeys(files, 1))})
     images = TrainingImages(FileSource(path))
     assert (images.source.is_latent, images.source.shape) == (True, (8, 4, 4))
     for item in (images[0], images[1]):
@@ -434,9 +434,7 @@ def test_open_source_refuses_what_does_not_fit_together(tmp_path):
         open_source("x", "y")
     with pytest.raises(ValueError, match="--label_column fine says nothing about the digits; leave it out"):
         open_source("digits", label_column="fine")
-    with pytest.raises(
-        ValueError, match="--dataset_split test, --image_column img says nothing about y; leave it out"
-    ):
+    with pytest.raises(ValueError, match="--dataset_split test, --image_column img says nothing about y; leave it out"):
         open_source(train_data_dir="y", split="test", image_column="img")
     file = write(tmp_path, {"rows.parquet": b""}) / "rows.parquet"
     for name in (file, tmp_path / "nowhere", "missing.zip"):
@@ -583,9 +581,7 @@ def test_skipped_images_are_replaced_by_the_next_and_named(grays):
 
 
 def test_only_bad_images_are_an_error(tmp_path):
-    with pytest.raises(
-        BadImageError, match=r"None of the images tried in .* can be used\. .*1\.png cannot be decoded"
-    ):
+    with pytest.raises(BadImageError, match=r"None of the images tried in .* can be used\. .*1\.png cannot be decoded"):
         TrainingImages(FileSource(write(tmp_path, {"1.png": b""})), skip_bad_images=True)
     path = write(tmp_path, {"1.png": encode(pixels(1))})
     images = TrainingImages(FileSource(path), resolution=4, skip_bad_images=True)
@@ -598,9 +594,7 @@ def test_grayscale_images_in_a_colour_data_set_become_rgb(tmp_path):
     images = TrainingImages(FileSource(tmp_path))
     first = int(permutation(0, 0, 2).tolist().index(0))
     assert images.image_shape == (3, 8, 8)
-    assert torch.equal(
-        images[first]["image"], torch.from_numpy(pixels(1, channels=1)).permute(2, 0, 1).expand(3, 8, 8)
-    )
+    assert torch.equal(images[first]["image"], torch.from_numpy(pixels(1, channels=1)).permute(2, 0, 1).expand(3, 8, 8))
 
 
 # --- batches

@@ -82,9 +82,7 @@ def test_a_switch_can_be_turned_off_on_the_command_line(tmp_path):
 
 
 def test_values_are_read_as_the_type_that_they_are():
-    argv = (
-        "--duration 8Mi --lr_rampup 10M --P_mean -1.2 --compile --block_out_channels 32,64 --ema_sigma_rel 0.05,0.10"
-    )
+    argv = "--duration 8Mi --lr_rampup 10M --P_mean -1.2 --compile --block_out_channels 32,64 --ema_sigma_rel 0.05,0.10"
     options = parse_options([*argv.split(), "--attention_resolutions", ""])
     assert (options.duration, options.lr_rampup, options.P_mean, options.compile) == (8 * Mi, 10 * M, -1.2, True)
     assert (options.block_out_channels, options.attention_resolutions) == ((32, 64), ())

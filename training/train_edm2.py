@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -18,7 +19,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradScalerKwargs, broadcast_object_list, gather_object
+from accelerate.utils import GradScalerKwargs, broadcast_object_list, gather_object, parse_flag_from_env
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Loss, EDM2Pipeline, EDM2UNet2DModel, PowerFunctionEMA, checkpoint
 from diffusers_edm2.dataset import GlobalBatchSampler, TrainingImages, collate, open_source
 from diffusers_edm2.grid import image_grid
@@ -28,19 +36,17 @@ from diffusers_edm2.monitoring import LossMeter, activation_magnitudes, weight_m
 from diffusers_edm2.optim import guard_gradients, learning_rate
 from diffusers_edm2.presets import format_images, get_preset
 from diffusers_edm2.training_options import FREE_OPTIONS, fit_to_data, parse_options, resolve_batch
-from PIL import Image
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 
 
 def main() -> None:
     args = parse_options()
-    resolve_batch(args, PartialState().num_processes)
+    # By itself, PartialState does not look at the flag that `accelerate launch --cpu` sets.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    resolve_batch(args, state.num_processes)
     if args.dry_run:
-        return print_recipe(args)
+        return print_recipe(args) if state.is_main_process else None
+    if args.mixed_precision == "fp16" and state.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
     images = open_images(args)
     run_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -62,7 +68,12 @@ def main() -> None:
         if accelerator.is_main_process:
             for sentence in checkpoint.clean_leftovers(run_dir):
                 warn(sentence)
-        train(args, options, images, run_dir, accelerator)
+        try:
+            train(args, options, images, run_dir, accelerator)
+        except BaseException as error:
+            # Lets go of the data loader, which ends its workers: they ignore the SIGTERM that Python ends children with.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
 
 def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path, accelerator: Accelerator) -> None:
@@ -98,12 +109,10 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
         checkpoint.load_optimizer_tensors(optimizer.optimizer, trained.items(), tensors["optimizer"])
         tracks = {s: tensors[f"ema-{s}"] for s in args.ema_sigma_rel}
         ema.load_state_dict({"nimg": nimg, "sigma_rel": args.ema_sigma_rel, "tracks": tracks})
-        # This status interval so far: each process its own sums, or the first all of them if their number has changed.
-        sums = tensors["meter"]["sums"].to(device)
-        meter.sums += sums[rank] if len(sums) == world else sums.sum(0) * is_main
+        meter.restore(tensors["meter"]["sums"], rank, world)
         bad_images.update(state["bad_images"])
         accelerator.print(f"Resuming from {resumed}, after {nimg} of {args.duration} images.")
-        del tensors, tracks, sums
+        del tensors, tracks
     if is_main:
         checkpoint.write_config(run_dir, {"options": options, "versions": versions()})
         checkpoint.truncate_metrics(run_dir / "metrics.jsonl", nimg)
@@ -122,15 +131,16 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # keeps the loader away from the global random state
     )
+    stop = StopSignal()  # before the workers start, so that they are never without it
     batches = iter(loader)
-    stop = StopSignal()
     clock = Clock(nimg)
-    progress = tqdm(desc="training", total=args.duration, initial=nimg, unit="img", unit_scale=True, mininterval=1, disable=not is_main)
+    bar = {"desc": "training", "unit": "img", "unit_scale": True, "mininterval": 1}
+    progress = tqdm(total=args.duration, initial=nimg, disable=not is_main, **bar)
 
     while nimg < args.duration:
         # ---- One step: normalise, forward and backward, learning rate, Adam, EMA -------------------------------------
         unet.normalize_weights()
-        for _ in range(args.gradient_accumulation_steps):
+        for micro_batch in range(args.gradient_accumulation_steps):
             batch = next(batches)
             bad_images.update(batch["bad"])
             numbers = batch["number"].tolist()
@@ -143,6 +153,8 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
                 out = loss_function(network, scheduler, clean, labels, sigma, noise)
                 accelerator.backward(out.loss)
             meter.add_samples(out.loss_per_sample, out.logvar, out.sigma)
+            if micro_batch == 0:  # the same images on any number of processes, for the activations in the log
+                shown = clean, labels, sigma, noise
 
         meter.add_step(*guard_gradients(trained.values()))
         lr = learning_rate(nimg, args.total_batch_size, args.learning_rate, args.lr_ref_batches, args.lr_rampup)
@@ -165,7 +177,9 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
             bad_images.update(gather_object(sorted(bad_images)))
             means = meter.means(accelerator.reduce(meter.sums, "sum"))
             if is_main:
-                inputs = scheduler.precondition_inputs(clean, sigma), scheduler.precondition_noise(sigma), labels
+                clean, labels, sigma, noise = shown
+                noisy = clean + sigma[:, None, None, None] * noise
+                inputs = scheduler.precondition_inputs(noisy, sigma), scheduler.precondition_noise(sigma), labels
                 record = {"nimg": nimg, **means, "learning_rate": lr, "bad_images": len(bad_images)}
                 record |= weight_magnitudes(unet) | activation_magnitudes(unet, *inputs) | clock.measure(nimg)
                 metrics_file.append(record)
@@ -309,7 +323,11 @@ def status_line(record: Mapping[str, float]) -> str:
     return (
         f"{format_images(int(record['nimg'])):>10}  loss {record['loss']:.4f}  u {record['logvar']:+.4f}  "
         f"lr {record['learning_rate']:.5f}  grad {record['grad_norm']:.3g}  {speed}"
-        + (f"  non-finite gradients {record['nonfinite_gradients']:.0f}" if record["nonfinite_gradients"] else "")
+        + (
+            f"  non-finite gradients {record['nonfinite_gradients']:.3g} per step"
+            if record["nonfinite_gradients"]
+            else ""
+        )
         + (f"  bad images {record['bad_images']:.0f}" if record["bad_images"] else "")
     )
 
@@ -330,20 +348,26 @@ class Clock:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the loop to finish its step and save; a second one stops at once."""
+    """SIGTERM and SIGINT ask the loop to finish its step and save; one that follows five seconds later stops at once.
+
+    Until then it is the same request: launchers pass on what the whole process group has got already.
+    """
 
     def __init__(self):
-        self.received = 0.0
+        self.received, self.time = 0.0, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame) -> None:
-        self.received = 1.0
-        signal.signal(number, signal.SIG_DFL)
+        if not self.received:
+            self.received, self.time = 1.0, time.monotonic()
+        elif time.monotonic() - self.time > 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 def ignore_signals(worker: int) -> None:
-    """A signal to the whole process group must not end the workers before the main process has saved."""
+    """What ends a run often goes to every process of it: the data workers must not end before the main one has saved."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -364,7 +388,12 @@ def versions() -> dict[str, str]:
 def memory(unet: nn.Module, args: Namespace) -> dict[str, int]:
     """Bytes per device that do not depend on the batch size, and those of a checkpoint on the disk."""
     weights = sum(4 * p.numel() for p in unet.parameters())
-    parts = {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "ema": weights * len(args.ema_sigma_rel)}
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "ema": weights * len(args.ema_sigma_rel),
+    }
     return {**parts, "checkpoint": weights + parts["optimizer"] + parts["ema"]}
 
 
@@ -382,7 +411,9 @@ def print_recipe(args: Namespace) -> None:
     for name, value in vars(args).items():
         print(f"{name:34} {format_images(value) if name in ('duration', 'lr_rampup') else value}")
     steps = -(-args.duration // args.total_batch_size)
-    print(f"\n{parameters / 1e6:.1f} M parameters, {counter.get_total_flops() / 2e9:.3g} GMAC per image and network call")
+    print(
+        f"\n{parameters / 1e6:.1f} M parameters, {counter.get_total_flops() / 2e9:.3g} GMAC per image and network call"
+    )
     print(f"{steps} optimizer steps of {args.total_batch_size} images")
     bytes_of = memory(unet, args)
     on_disk = bytes_of.pop("checkpoint")

@@ -55,6 +55,19 @@ class LossMeter:
                 means[f"loss/sigma_{low:g}-{high:g}"] = loss / count
         return means
 
+    def restore(self, sums: Tensor, rank: int, world: int) -> None:
+        """Go on from the `sums` of all processes, stacked: each from its own, or the first from all of them.
+
+        Args:
+            sums: float64 [processes then, ...]
+            rank, world: this process and how many there are now; the averages are the same for any number.
+        """
+        if len(sums) == world:
+            self.sums.copy_(sums[rank])
+        elif rank == 0:
+            self.sums.copy_(sums.sum(0))
+            self.sums[:3] *= world / len(sums)  # steps are counted by every process
+
     def reset(self) -> None:
         self.sums.zero_()
 
