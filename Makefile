@@ -15,7 +15,8 @@ help:  ## this list
 
 demo: $(INSTALLED)  ## train on digits (some minutes), draw 500, judge them
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process 2 training/train_edm2.py --preset digits --output_dir $(RUN)
+		--num_cpu_threads_per_process 2 training/train_edm2.py --preset digits --output_dir $(RUN) \
+		--status_every 16Ki --sample_every 64Ki --checkpoint_every 32Ki
 	$(VENV)/bin/python examples/judge_digits.py $(RUN)
 
 test: $(INSTALLED)  ## all tests, the slow ones last; ARGS="-k ema" goes to pytest

@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the drawn digits (default: %(default)s)")
     parser.add_argument("--minimum", type=float, default=0.95, help="fail below this accuracy (default: %(default)s)")
     args = parser.parse_args()
+    if not (args.run_dir / "pipeline").is_dir():
+        parser.error(f"{args.run_dir / 'pipeline'} does not exist; train first: see training/train_edm2.py --help")
 
     train, held_out = DigitsSource("train"), DigitsSource("test")
     pixels = lambda images: images.reshape(len(images), -1).astype(np.float64) / 255  # noqa: E731

@@ -111,6 +111,7 @@ def test_state_dict_continues_bitwise():
     resumed.module = linear
     resumed.load_state_dict(state)
     run(resumed, 3, 6)
+    assert not torch.equal(state["tracks"][0.05]["weight"], resumed.averaged(0.05)["weight"])  # copied, not shared
     assert resumed.nimg == 48
     for sigma_rel in (0.05, 0.10):
         assert torch.equal(resumed.averaged(sigma_rel)["weight"], straight.averaged(sigma_rel)["weight"])

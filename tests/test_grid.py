@@ -83,3 +83,11 @@ def test_images_are_left_as_they_were():
 def test_one_label_per_image(count, labels, message):
     with pytest.raises(ValueError, match=message):
         image_grid([checks()] * count, labels, columns=2)
+
+
+def test_images_of_several_sizes_are_refused():
+    images = [Image.new("L", (8, 8)), Image.new("L", (8, 4))]
+    with pytest.raises(
+        ValueError, match=r"the images have sizes \[\(8, 4\), \(8, 8\)\]; a grid needs images of one size"
+    ):
+        image_grid(images, ["", ""], columns=2)

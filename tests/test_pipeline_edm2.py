@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Pipeline
+from diffusers_edm2.latents import unscale_rgb, unwhiten
 from test_unet_edm2 import active_unet
 
 STEPS = 4
@@ -86,7 +87,7 @@ def test_labels_may_come_as_number_list_or_tensor():
         return pipe(labels, generator=generators(2), num_inference_steps=2, output_type="np", **kw).images
 
     expected = run([4, 4])
-    for same in (4, np.int64(4), np.array([4, 4]), torch.tensor([4, 4])):
+    for same in (4, np.int64(4), np.array([4, 4]), torch.tensor([4, 4], dtype=torch.uint8)):
         assert np.array_equal(run(same), expected)
     one_hot = torch.zeros(2, 10)
     one_hot[:, 4] = 1
@@ -111,6 +112,7 @@ def test_output_types(channels, mode):
         ):
             run("pil")
         return
+    torch.testing.assert_close(pt, unscale_rgb(latent))
     images = run("pil")
     assert [image.mode for image in images] == [mode, mode] and images[0].size == (16, 16)
     pixels = np.asarray(images[0]).reshape(16, 16, channels)
@@ -148,6 +150,36 @@ def test_callback_sees_and_replaces_latents():
     assert images.abs().max() == 0
 
 
+def test_callback_gets_what_it_asks_for_and_may_return_nothing():
+    seen = []
+    pipeline()(
+        [1],
+        num_inference_steps=2,
+        callback_on_step_end=lambda pipe, i, t, tensors: seen.append(tensors),
+        callback_on_step_end_tensor_inputs=[],
+    )
+    assert seen == [{}, {}, {}]
+
+
+def test_stochastic_schedulers_follow_the_generators():
+    pipe = pipeline()
+    pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="sde-dpmsolver++")
+    runs = [pipe([1, 2], generator=generators(2), num_inference_steps=4, output_type="np").images for _ in range(2)]
+    assert np.array_equal(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("scheduler", [EDM2HeunScheduler, EDMDPMSolverMultistepScheduler])
+def test_sampling_starts_at_sigma_max(scheduler):
+    """At sigma_max = 1 the data's own variance is as large as the noise, and a start at sqrt(2) would be 41 % off."""
+    unet = active_unet()
+    torch.nn.init.zeros_(unet.out_gain)
+    pipe = pipeline(unet=unet)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, sigma_max=1.0)
+    noise = torch.randn(1, 3, 16, 16)
+    images = pipe([1], latents=noise, num_inference_steps=64, output_type="latent").images
+    torch.testing.assert_close(images, noise * 0.5 / math.hypot(1, 0.5), rtol=0.01, atol=0)
+
+
 def test_progress_bar_counts_network_calls(capfd):
     pipe = EDM2Pipeline(active_unet(), EDM2HeunScheduler())
     pipe([1], num_inference_steps=STEPS)
@@ -161,9 +193,10 @@ def test_vae_decodes_whitened_latents(tmp_path):
     vae = tiny_vae()
     mean, std = [1.0, -2.0, 0.5, 0.0], [3.0, 4.0, 5.0, 6.0]
     pipe = pipeline(unet=active_unet(in_channels=4), vae=vae, latents_mean=mean, latents_std=std)
+    pipe.scheduler = EDM2HeunScheduler(sigma_data=0.7)
     run = lambda p, kind: p([1], generator=generators(1), num_inference_steps=2, output_type=kind).images  # noqa: E731
     x = run(pipe, "latent")
-    raw = x * (torch.tensor(std) / 0.5)[:, None, None] + torch.tensor(mean)[:, None, None]  # final std 0.5, mean 0
+    raw = unwhiten(x, mean, std, sigma_data=0.7)
     with torch.no_grad():
         expected = vae.decode(raw).sample.clamp(0, 1)  # the VAE works on images in [0, 1]
     assert expected.shape == (1, 3, 32, 32) and 0.1 < expected.std() < 0.5
@@ -223,13 +256,33 @@ def test_other_folders_load_as_before(tmp_path):
     assert type(loaded) is diffusers.DDPMPipeline and type(loaded.unet) is diffusers.UNet2DModel
 
 
+def test_components_may_be_replaced_when_loading(tmp_path):
+    guide, other = (active_unet(seed=s, num_class_embeds=None) for s in (4, 5))
+    pipeline(guide_unet=guide).save_pretrained(tmp_path)
+    assert EDM2Pipeline.from_pretrained(tmp_path, guide_unet=other).guide_unet is other
+    assert EDM2Pipeline.from_pretrained(tmp_path, guide_unet=None).guide_unet is None
+    swapped = DiffusionPipeline.from_pretrained(tmp_path, scheduler=EDMEulerScheduler())
+    assert type(swapped.scheduler) is EDMEulerScheduler
+
+
+def test_variant_of_a_whole_pipeline(tmp_path):
+    pipe = pipeline(guide_unet=active_unet(seed=4, num_class_embeds=None))
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
+    for name, tensor in pipe.guide_unet.state_dict().items():
+        assert torch.equal(loaded.guide_unet.state_dict()[name], tensor), name
+
+
 def test_half_precision_pipeline_follows_float32(tmp_path):
     pipe = pipeline()
     pipe.save_pretrained(tmp_path)
     half = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     run = lambda p: p([1, 2], generator=generators(2), num_inference_steps=STEPS, output_type="latent").images  # noqa: E731
+    types = set()
+    half.unet.register_forward_pre_hook(lambda module, args: types.add(args[0].dtype))
     exact, found = run(pipe), run(half)
+    assert types == {torch.bfloat16}
     assert half.unet.dtype == torch.bfloat16 and found.dtype == torch.float32
     assert ((found - exact).norm() / exact.norm()).item() < 0.03
 
@@ -256,7 +309,7 @@ def test_half_precision_pipeline_follows_float32(tmp_path):
             r"latents have shape \[1, 4, 16, 16\]; the network takes \[batch, 3, H, W\]",
         ),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"tensor_inputs=\['noise'\]: only \['latents'\] exist"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number from 1"),
     ],
 )
 def test_call_errors(arguments, message):

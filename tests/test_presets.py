@@ -146,9 +146,7 @@ def test_cifar10_decays_after_the_papers_fraction_of_the_run():
 def best(name: str, metric: str, **conditions) -> float:
     """The lowest published score of a preset, among those whose fields have the values of `conditions`."""
     scores = get_preset(name).published.scores
-    return min(
-        s.value for s in scores if s.metric == metric and all(getattr(s, k) == v for k, v in conditions.items())
-    )
+    return min(s.value for s in scores if s.metric == metric and all(getattr(s, k) == v for k, v in conditions.items()))
 
 
 def test_published_scores():

@@ -180,6 +180,21 @@ def test_timestep_lookup_survives_half_precision_and_starting_midway():
         torch.testing.assert_close(y, 0.5 * noise, rtol=0.03, atol=0)
 
 
+def test_churn_starts_midway_from_the_raised_level():
+    """add_noise(timesteps[i]) noises to the level after churn, which churn must not raise again."""
+    scheduler = EDM2HeunScheduler(s_churn=40)
+    scheduler.set_timesteps(32)
+    scheduler.set_begin_index(20)
+    image, noise = torch.zeros(1, 1, 200, 200), torch.randn(1, 1, 200, 200)
+    t = scheduler.timesteps[20]
+    x = scheduler.add_noise(image, noise, t)
+    assert torch.equal(scheduler.churn(x, t), x)
+    assert x.std().item() == pytest.approx(float(scheduler.call_sigmas[20]), rel=0.02)
+    scheduler.step(x, t, x)
+    x = scheduler.step(x, scheduler.timesteps[21], x).prev_sample
+    assert not torch.equal(scheduler.churn(x, scheduler.timesteps[22]), x)
+
+
 def test_own_noise_levels():
     scheduler = EDM2HeunScheduler()
     scheduler.set_timesteps(sigmas=[10.0, 1.0, 0.1])
@@ -234,9 +249,11 @@ def test_config_errors(options, message):
 
 def test_step_errors():
     scheduler, x = EDM2HeunScheduler(), torch.zeros(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="num_inference_steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_inference_steps=0 must be a whole number from 1"):
         scheduler.set_timesteps(0)
-    with pytest.raises(ValueError, match="begin_index=3 is the second half of a Heun step"):
+    with pytest.raises(ValueError, match=r"num_inference_steps=2.5 must be a whole number from 1"):
+        scheduler.set_timesteps(2.5)
+    with pytest.raises(ValueError, match="begin_index=3 does not start a Heun step; use an even number below 1999"):
         scheduler.set_begin_index(3)
     scheduler.set_timesteps(4)
     scheduler._step_index = 1

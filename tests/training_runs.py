@@ -17,11 +17,11 @@ from typing import Any
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_edm2.py"
 
-# The digits, 20 steps of a network that takes milliseconds. A rate without ramp makes weights that really move.
+# The digits, 20 steps of a network that takes milliseconds. The rate is up after 4 of them and decays after 10.
 TINY = shlex.split(
-    "--block_out_channels 8,8 --layers_per_block 1 --attention_resolutions 4 --attention_head_dim 8 --lr_rampup 0 "
-    "--total_batch_size 16 --duration 320 --status_every 64 --sample_every 160 --snapshot_every 160 "
-    "--checkpoint_every 80 --num_inference_steps 2 --dataloader_num_workers 0 --report_to none"
+    "--block_out_channels 8,8 --layers_per_block 1 --attention_resolutions 4 --attention_head_dim 8 "
+    "--lr_rampup 64 --lr_ref_batches 10 --total_batch_size 16 --duration 320 --status_every 64 --sample_every 160 "
+    "--snapshot_every 160 --checkpoint_every 80 --num_inference_steps 2 --dataloader_num_workers 0 --report_to none"
 )
 
 # The promises to the bit are for the CPU; Accelerate reads this.
@@ -104,12 +104,6 @@ class Run:
     def send(self, number: int, to_group: bool = False) -> None:
         assert self.process.pid is not None
         (os.killpg if to_group else os.kill)(self.process.pid, number)
-
-    @property
-    def children(self) -> list[int]:
-        """The data workers."""
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
 
     @property
     def stdout(self) -> str:

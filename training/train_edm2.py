@@ -71,7 +71,7 @@ def main() -> None:
         try:
             train(args, options, images, run_dir, accelerator)
         except BaseException as error:
-            # Lets go of the data loader, which ends its workers: they ignore the SIGTERM that Python ends children with.
+            # Frees the data loader, which ends its workers: they ignore the signal that Python ends them with.
             traceback.clear_frames(error.__traceback__)
             raise
 
@@ -118,7 +118,7 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
         checkpoint.truncate_metrics(run_dir / "metrics.jsonl", nimg)
         metrics_file = checkpoint.MetricsFile(run_dir / "metrics.jsonl")
     if accelerator.log_with:
-        purge = {"tensorboard": {"purge_step": nimg + 1}} if nimg and args.report_to == "tensorboard" else {}
+        purge = {"tensorboard": {"purge_step": nimg + 1}} if args.report_to == "tensorboard" else {}
         accelerator.init_trackers("edm2", {name: str(value) for name, value in options.items()}, purge)
 
     # ---- Data, from image nimg on ------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ class StopSignal:
 
 
 def ignore_signals(worker: int) -> None:
-    """What ends a run often goes to every process of it: the data workers must not end before the main one has saved."""
+    """A signal often goes to every process of a run; the data workers must not end before the main one has saved."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

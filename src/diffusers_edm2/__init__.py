@@ -1,5 +1,8 @@
 """EDM2 diffusion models for Diffusers: importing this package lets `DiffusionPipeline.from_pretrained` load them."""
 
+from diffusers import ModelMixin as ModelMixin
+from diffusers import SchedulerMixin as SchedulerMixin
+
 from diffusers_edm2.ema import PowerFunctionEMA
 from diffusers_edm2.loss import EDM2Loss
 from diffusers_edm2.pipeline_edm2 import EDM2Pipeline

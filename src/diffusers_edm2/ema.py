@@ -45,7 +45,8 @@ class PowerFunctionEMA:
     and buffers, such as random Fourier features, are copied: what does not train has no average.
 
     Args:
-        module (`nn.Module`): its parameters and buffers are tracked, under their `state_dict` names.
+        module (`nn.Module`): its parameters and buffers are tracked, under their `state_dict` names; on its final
+            device, and not a compiled or distributed wrapper, which has other names.
         sigma_rel (`Sequence[float]`): the lengths to track, each in (0, 0.2886]; two or more allow other lengths to be
             reconstructed after training.
     """

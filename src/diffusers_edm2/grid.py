@@ -15,10 +15,12 @@ def image_grid(images: Sequence[Image.Image], labels: Sequence[str], columns: in
         min_size: the shorter side of each picture, in pixels, at least.
 
     Raises:
-        ValueError: no images, or not one label per image.
+        ValueError: no images, images of several sizes, or not one label per image.
     """
     if not images or len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; a grid needs one label for each image.")
+    if len({image.size for image in images}) > 1:
+        raise ValueError(f"the images have sizes {sorted({i.size for i in images})}; a grid needs images of one size.")
     factor = max(1, -(-min_size // min(images[0].size)))
     width, height = (side * factor for side in images[0].size)
     font = ImageFont.load_default()

@@ -19,20 +19,21 @@ class LossMeter:
     def __init__(self, device: torch.device | str = "cpu"):
         self.intervals = len(SIGMA_EDGES) + 1
         self.edges = torch.tensor(SIGMA_EDGES, device=device)
-        self.sums = torch.zeros(5 + 2 * self.intervals, dtype=torch.float64, device=device)
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # MPS has no float64
+        self.sums = torch.zeros(5 + 2 * self.intervals, dtype=dtype, device=device)
 
     def add_samples(self, loss_per_sample: Tensor, logvar: Tensor, sigma: Tensor) -> None:
         """Count a micro-batch; all arguments [B]."""
         interval = torch.bucketize(sigma, self.edges)
         ones = torch.ones_like(self.sums[:1]).expand(len(sigma))
         self.sums[3] += len(sigma)
-        self.sums[4] += logvar.double().sum()
+        self.sums[4] += logvar.to(self.sums).sum()
         self.sums[5 : 5 + self.intervals].index_add_(0, interval, ones)
-        self.sums[5 + self.intervals :].index_add_(0, interval, loss_per_sample.double())
+        self.sums[5 + self.intervals :].index_add_(0, interval, loss_per_sample.to(self.sums))
 
     def add_step(self, grad_norm: Tensor, nonfinite: Tensor) -> None:
         """Count an optimizer step."""
-        self.sums[:3] += torch.stack([torch.ones_like(grad_norm), grad_norm, nonfinite.to(grad_norm)]).double()
+        self.sums[:3] += torch.stack([torch.ones_like(grad_norm), grad_norm, nonfinite.to(grad_norm)]).to(self.sums)
 
     def means(self, sums: Tensor | None = None) -> dict[str, float]:
         """The averages of a log line, from `sums` (of all processes) or our own; empty intervals are left out.

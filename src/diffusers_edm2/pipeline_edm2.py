@@ -4,6 +4,7 @@ Papers: EDM2 (arXiv 2312.02696) for the networks, EDM (arXiv 2206.00364) for the
 with a Bad Version of Itself" (arXiv 2406.02507) for guidance by a second network.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,14 +31,16 @@ class EDM2Pipeline(DiffusionPipeline):
         unet ([`EDM2UNet2DModel`]): the network; predicts F from c_in x and the timestep ln(σ)/4.
         scheduler ([`EDM2HeunScheduler`], or [`EDMEulerScheduler`], [`EDMDPMSolverMultistepScheduler`]).
         guide_unet (*optional*): a second network of the same sample shape and σ_data, usually a smaller or less trained
-            one or an unconditional one, away from which `guidance_scale` extrapolates.
+            one or an unconditional one, away from which `guidance_scale` extrapolates. To load a pipeline with a guide
+            of your own, use `EDM2Pipeline.from_pretrained`: Diffusers' base class does not see optional components.
         vae ([`AutoencoderKL`], *optional*): decodes latents; it was fed with images in [0, 1].
         latents_mean, latents_std (`list[float]`, *optional*): statistics of the raw latents, per channel; the network
             sees latents with mean 0 and standard deviation σ_data. Default: those of sd-vae-ft-mse.
     """
 
     config: Any  # with the arguments as attributes; Diffusers annotates a dict
-    model_cpu_offload_seq = "guide_unet->unet->vae"
+    # Without the guide, which would move with every call: components outside the sequence stay until the end.
+    model_cpu_offload_seq = "unet->vae"
     _optional_components = ["guide_unet", "vae"]
     _callback_tensor_inputs = ["latents"]
 
@@ -90,7 +93,8 @@ class EDM2Pipeline(DiffusionPipeline):
                 result as it is.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (*optional*): called as `f(pipeline, i, timestep, {"latents": ...})` after each network
-                call; it may return a dict with new latents.
+                call; it may return a dict with new latents. The second half of a Heun step starts over from where the
+                first half did, so replace latents at odd i, or at the last.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback gets; "latents" is the only one.
             batch_size (`int`, *optional*): number of images, where neither labels, generators nor latents tell it.
 
@@ -99,14 +103,21 @@ class EDM2Pipeline(DiffusionPipeline):
         """
         self._check_inputs(guidance_scale, output_type, callback_on_step_end_tensor_inputs)
         labels = None if class_labels is None else torch.as_tensor(class_labels)
+        generator = list(generator) if isinstance(generator, tuple) else generator
         batch_size = self._batch_size(batch_size, labels, generator, latents)
         device = self._execution_device
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)
-        sample = self._prepare_latents(latents, batch_size, generator, device) * self.scheduler.init_noise_sigma
+        sample = self._prepare_latents(latents, batch_size, generator, device)
+        sample = (
+            sample * self.scheduler.config.sigma_max
+        )  # not init_noise_sigma: Diffusers' own add the data's variance
         labels = self._prepare_labels(labels, batch_size, generator, device)
 
+        step_options: dict[str, Any] = {"return_dict": False}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_options["generator"] = generator
         progress: Any = self.progress_bar
         with progress(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
@@ -114,9 +125,10 @@ class EDM2Pipeline(DiffusionPipeline):
                     sample = self.scheduler.churn(sample, t, generator)
                 network_input = self.scheduler.scale_model_input(sample, t)
                 network_output = self._predict(network_input, t, labels, guidance_scale)
-                sample = self.scheduler.step(network_output, t, sample, return_dict=False)[0]
+                sample = self.scheduler.step(network_output, t, sample, **step_options)[0]
                 if callback_on_step_end is not None:
-                    sample = callback_on_step_end(self, i, t, {"latents": sample}).pop("latents", sample)
+                    tensors = {"latents": sample} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    sample = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", sample)
                 progress_bar.update()
 
         images: Any = sample if output_type == "latent" else self._decode(sample, output_type)
@@ -214,6 +226,7 @@ class EDM2Pipeline(DiffusionPipeline):
             generators = generator if isinstance(generator, list) else [generator] * batch_size
             draws = [torch.randint(num_classes, (1,), generator=g, device=g.device if g else None) for g in generators]
             return torch.cat([draw.to(device) for draw in draws])
+        labels = labels if labels.is_floating_point() else labels.long()
         if not labels.is_floating_point() and (labels.min() < -1 or labels.max() >= num_classes):
             raise ValueError(
                 f"class_labels={labels.tolist()} are not all in [0, {num_classes - 1}], the classes of this network; "

@@ -17,6 +17,7 @@ def register() -> None:
     """Add our three classes to the tables in which Diffusers looks for classes by name."""
     for cls in (EDM2UNet2DModel, EDM2HeunScheduler, EDM2Pipeline):
         setattr(diffusers, cls.__name__, cls)
-    methods = {cls.__name__: ["save_pretrained", "from_pretrained"] for cls in (EDM2UNet2DModel, EDM2HeunScheduler)}
-    pipeline_loading_utils.LOADABLE_CLASSES["diffusers_edm2"] = methods
-    pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(methods)
+    # By base class, as Diffusers lists its own: any other scheduler or network may then take a component's place.
+    # Diffusers looks these names up in `diffusers_edm2` itself.
+    methods = ["save_pretrained", "from_pretrained"]
+    pipeline_loading_utils.LOADABLE_CLASSES["diffusers_edm2"] = {"ModelMixin": methods, "SchedulerMixin": methods}

@@ -96,8 +96,10 @@ class EDM2HeunScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at `timesteps[begin_index]`, which saves the search for the first timestep and its device sync."""
-        if begin_index % 2:
-            raise ValueError(f"begin_index={begin_index} is the second half of a Heun step; start at an even index.")
+        if begin_index % 2 or not 0 <= begin_index < len(self.timesteps):
+            raise ValueError(
+                f"begin_index={begin_index} does not start a Heun step; use an even number below {len(self.timesteps)}."
+            )
         self._begin_index = begin_index
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -141,8 +143,8 @@ class EDM2HeunScheduler(SchedulerMixin, ConfigMixin):
         """
         if sigmas is None:
             n = num_inference_steps
-            if n is None or n < 1:
-                raise ValueError(f"num_inference_steps={n} must be at least 1, unless sigmas are given.")
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(f"num_inference_steps={n} must be a whole number from 1, unless sigmas are given.")
             high, low = self.config.sigma_max ** (1 / self.config.rho), self.config.sigma_min ** (1 / self.config.rho)
             levels = (high + torch.arange(n, dtype=torch.float64) / max(n - 1, 1) * (low - high)) ** self.config.rho
         else:
@@ -185,7 +187,8 @@ class EDM2HeunScheduler(SchedulerMixin, ConfigMixin):
     ) -> Tensor:
         """Raise the noise level of `sample` from σ to σ(1 + γ) (EDM Algorithm 2, lines 4 to 6).
 
-        To be called before `scale_model_input`; without churn at this level it returns `sample` as it is.
+        To be called before `scale_model_input`; without churn at this level it returns `sample` as it is, and so it
+        does where sampling starts midway, from a sample that `add_noise` brought to `timesteps[begin_index]`.
 
         Args:
             sample (`Tensor` [B,...]): the current sample.
@@ -195,7 +198,9 @@ class EDM2HeunScheduler(SchedulerMixin, ConfigMixin):
         """
         index = self._current_index(timestep)
         sample = sample.to(_state_dtype(sample))
-        if index % 2:
+        # A start midway is noised to timesteps[index], which is the raised level already.
+        if index % 2 or (index > 0 and self._step_index is None):
+            self._churned_index = index
             return sample
         sigma, sigma_hat = float(self.sigmas[index // 2]), float(self.call_sigmas[index])
         if sigma_hat > sigma:
