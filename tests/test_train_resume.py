@@ -90,11 +90,11 @@ def test_killed_at_random_moments_until_it_finishes(whole, tmp_path):
         with Run(run_dir, *RECIPE) as run:
             while run.is_running and lines(run_dir) < wanted:
                 time.sleep(0.001)
-            time.sleep(choose.uniform(0, 0.3))
-            if run.is_running:
+            time.sleep(choose.uniform(0, 0.1))
+            with contextlib.suppress(ProcessLookupError):
                 run.send(signal.SIGKILL)
             codes.append(run.wait())
-    assert codes.count(-signal.SIGKILL) == len(codes) - 1 >= 4
+    assert codes.count(-signal.SIGKILL) == len(codes) - 1 >= 3
     assert_same(run_dir, whole)
 
 
