@@ -13,8 +13,6 @@ INSTALLED := $(VENV)/.installed
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
-# Threads that spin while they wait are very slow beside other programs.
-demo: export OMP_WAIT_POLICY = passive
 demo: $(INSTALLED)  ## train on digits (some minutes), draw 500, judge them
 	$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process 2 training/train_edm2.py --preset digits --output_dir $(RUN) \
