@@ -192,7 +192,8 @@ def test_network_has_the_published_cost(name):
         unet = build_unet(name).eval()
         unet(torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 1000))
     gmac = counter.get_total_flops() / 2e9  # one multiply-accumulate is two operations
-    assert 0.985 < gmac / get_preset(name).published.gmac <= 1
+    # torch 2.15 counts 0.9 to 1.4 % less than was published; 2.11 leaves the attention out, another 0.7 %.
+    assert 0.975 < gmac / get_preset(name).published.gmac <= 1
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in WITH_PUBLISHED_SIZE])
