@@ -26,11 +26,8 @@ from diffusers_edm2 import checkpoint
 from diffusers_edm2.checkpoint import (
     CheckpointError,
     MetricsFile,
-    atomic_file,
-    atomic_folder,
     check_config,
     check_free_space,
-    clean_leftovers,
     explain_save_errors,
     find_checkpoint,
     list_checkpoints,
@@ -41,9 +38,9 @@ from diffusers_edm2.checkpoint import (
     save_checkpoint,
     truncate_metrics,
     verify_checkpoint,
-    write_atomic,
     write_config,
 )
+from diffusers_edm2.files import atomic_file, atomic_folder, clean_leftovers, write_atomic
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

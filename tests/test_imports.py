@@ -19,6 +19,7 @@ HUB = {"unet_edm2", "scheduling_edm2_heun", "pipeline_edm2"}
 PURE: dict[str, set[str]] = {
     "dataset": {"PIL", "datasets", "sklearn"},
     "ema": set(),
+    "files": set(),
     "grid": {"PIL"},
     "latents": set(),
     "loss": set(),

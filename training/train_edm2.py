@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Loss, EDM2Pipeline, EDM2UNet2DModel, PowerFunctionEMA, checkpoint
 from diffusers_edm2.dataset import GlobalBatchSampler, TrainingImages, collate, open_source
+from diffusers_edm2.files import atomic_file, atomic_folder, clean_leftovers, write_atomic
 from diffusers_edm2.grid import image_grid
 from diffusers_edm2.latents import quantize_rgb, sample_posterior, scale_rgb
 from diffusers_edm2.loss import noise_generators, stream_seed
@@ -66,7 +67,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     with checkpoint.lock_run(run_dir, warn) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
-            for sentence in checkpoint.clean_leftovers(run_dir):
+            for sentence in clean_leftovers(run_dir):
                 warn(sentence)
         try:
             train(args, options, images, run_dir, accelerator)
@@ -209,7 +210,7 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
     progress.close()
     accelerator.end_training()
     if is_main and bad_images:
-        checkpoint.write_atomic(run_dir / "bad_images.json", json.dumps(sorted(bad_images), indent=2) + "\n")
+        write_atomic(run_dir / "bad_images.json", json.dumps(sorted(bad_images), indent=2) + "\n")
         print(f"{len(bad_images)} images could not be used; {run_dir / 'bad_images.json'} lists them.")
     if nimg < args.duration:
         accelerator.print(f"Stopped after {nimg} of {args.duration} images; all is saved. The same command goes on.")
@@ -286,10 +287,10 @@ def save_snapshots(run_dir: Path, nimg: int, args: Namespace, ema: PowerFunction
     """Every EMA track as a model folder, and the first as the newest pipeline."""
     for sigma_rel in ema.sigma_rel:
         path = run_dir / "snapshots" / f"unet-{nimg:09d}-{sigma_rel:.3f}"
-        with checkpoint.explain_save_errors(run_dir, path), checkpoint.atomic_folder(path, replace=True) as folder:
+        with checkpoint.explain_save_errors(run_dir, path), atomic_folder(path, replace=True) as folder:
             averaged_unet(args, ema.averaged(sigma_rel)).save_pretrained(folder)
     path = run_dir / "pipeline"
-    with checkpoint.explain_save_errors(run_dir, path), checkpoint.atomic_folder(path, replace=True) as folder:
+    with checkpoint.explain_save_errors(run_dir, path), atomic_folder(path, replace=True) as folder:
         build_pipeline(args, ema, scheduler).save_pretrained(folder)
 
 
@@ -314,7 +315,7 @@ def save_samples(run_dir: Path, nimg: int, args: Namespace, ema: PowerFunctionEM
         grid += [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
     labels = [str(c) if args.num_classes else "" for c in classes]
     path = run_dir / "samples" / f"{nimg:09d}.png"
-    with checkpoint.explain_save_errors(run_dir, path), checkpoint.atomic_file(path) as file:
+    with checkpoint.explain_save_errors(run_dir, path), atomic_file(path) as file:
         image_grid(grid, labels, columns).save(file)
 
 
