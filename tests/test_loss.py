@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Loss, PowerFunctionEMA
+from diffusers_edm2.loss import drop_labels, noise_generators
 from diffusers_edm2.optim import guard_gradients, learning_rate
 from golden_files import build_unet, load_golden, select
 from test_unet_edm2 import active_unet
@@ -131,3 +132,19 @@ def fixed_batch():
 def test_p_std_must_be_positive():
     with pytest.raises(ValueError, match=r"P_std=0 must be positive: it is the standard deviation of ln\(sigma\)"):
         EDM2Loss(P_std=0)
+
+
+def test_labels_are_dropped_at_the_given_rate_whatever_the_batch():
+    labels = torch.arange(4000) % 10
+    generators = lambda: noise_generators(0, range(4000))  # noqa: E731
+    dropped = drop_labels(labels, 0.1, generators())
+    assert set(dropped[dropped != labels].tolist()) == {-1}
+    share = (dropped == -1).float().mean().item()
+    assert abs(share - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 4000)
+    assert torch.equal(drop_labels(labels[1000:1007], 0.1, generators()[1000:1007]), dropped[1000:1007])
+
+
+def test_without_label_dropout_nothing_is_drawn():
+    generators, untouched = noise_generators(0, range(3)), noise_generators(0, range(3))
+    assert drop_labels(torch.tensor([1, 2, 3]), 0.0, generators).tolist() == [1, 2, 3]
+    assert [g.get_state().tolist() for g in generators] == [g.get_state().tolist() for g in untouched]

@@ -120,22 +120,6 @@ def test_output_types(channels, mode):
     assert isinstance(pipe([1], num_inference_steps=2, return_dict=False), tuple)
 
 
-def test_guide_extrapolates_and_costs_nothing_at_scale_1():
-    guide = active_unet(seed=9, num_class_embeds=None, block_out_channels=(8, 8))
-    pipe, calls = pipeline(guide_unet=guide), []
-    guide.register_forward_hook(lambda *_: calls.append(1))
-
-    def run(w):
-        return pipe([3], generator=generators(1), num_inference_steps=1, guidance_scale=w, output_type="latent").images
-
-    plain = run(1.0)
-    assert not calls
-    only_guide = run(0.0)
-    guided = run(2.5)
-    assert len(calls) == 2
-    torch.testing.assert_close(guided, only_guide + 2.5 * (plain - only_guide), rtol=1e-4, atol=1e-4)  # one Euler step
-
-
 def test_callback_sees_and_replaces_latents():
     pipe, seen = pipeline(), []
 
@@ -294,7 +278,6 @@ def test_half_precision_pipeline_follows_float32(tmp_path):
     "arguments, message",
     [
         ({"class_labels": [10]}, r"class_labels=\[10\] are not all in \[0, 9\], .* use -1 for no class"),
-        ({"class_labels": [1], "guidance_scale": 2.0}, "guidance_scale=2.0 needs a guide_unet in the pipeline"),
         (
             {"class_labels": [1], "output_type": "jpg"},
             "output_type='jpg' is unknown; use 'pil', 'np', 'pt' or 'latent'",
@@ -320,8 +303,3 @@ def test_call_errors(arguments, message):
 def test_labels_for_an_unconditional_network_are_an_error():
     with pytest.raises(ValueError, match=r"class_labels=\[1\], but this pipeline's network is unconditional"):
         pipeline(unet=active_unet(num_class_embeds=None))([1])
-
-
-def test_guide_of_another_sample_shape_is_an_error():
-    with pytest.raises(ValueError, match="guide_unet has 4 channels and unet 3; a guide works on the same samples"):
-        pipeline(guide_unet=active_unet(in_channels=4))([1], guidance_scale=2.0)

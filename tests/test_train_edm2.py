@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusers_edm2 import EDM2UNet2DModel
+from diffusers_edm2 import EDM2Pipeline, EDM2UNet2DModel
 from diffusers_edm2.checkpoint import load_checkpoint
 from diffusers_edm2.loss import stream_seed
 from diffusers_edm2.optim import learning_rate
@@ -260,6 +260,16 @@ def test_bf16_trains_like_float32(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_network_trained_with_label_dropout_guides_itself(run, tmp_path):
+    train(tmp_path / "run", "--label_dropout", "0.3")
+    pipe = EDM2Pipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.unet.config.label_dropout == 0.3
+    options = {"latents": torch.ones(1, 1, 8, 8), "num_inference_steps": 2, "output_type": "latent"}
+    assert not torch.equal(pipe([3], guidance_scale=2.0, **options).images, pipe([3], **options).images)
+    # The images are the same and so is their noise; only the classes that the network sees are not.
+    assert metrics(tmp_path / "run")[0]["loss"] != metrics(run.output_dir)[0]["loss"]
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     recipe = ["--dropout", "0.1", "--sample_every", "0", "--snapshot_every", "0"]
     plain, recomputed = tmp_path / "plain", tmp_path / "recomputed"

@@ -32,7 +32,7 @@ from diffusers_edm2.dataset import GlobalBatchSampler, TrainingImages, collate, 
 from diffusers_edm2.files import atomic_file, atomic_folder, clean_leftovers, write_atomic
 from diffusers_edm2.grid import image_grid
 from diffusers_edm2.latents import quantize_rgb, sample_posterior, scale_rgb
-from diffusers_edm2.loss import noise_generators, stream_seed
+from diffusers_edm2.loss import drop_labels, noise_generators, stream_seed
 from diffusers_edm2.monitoring import LossMeter, activation_magnitudes, weight_magnitudes
 from diffusers_edm2.optim import guard_gradients, learning_rate
 from diffusers_edm2.presets import format_images, get_preset
@@ -150,6 +150,8 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
             clean = to_samples(batch["image"].to(device, non_blocking=True), generators)
             labels = batch["label"].to(device, non_blocking=True) if args.num_classes else None
             sigma, noise = loss_function.draw(clean, generators)
+            if labels is not None:
+                labels = drop_labels(labels, args.label_dropout, generators)
             with accelerator.accumulate(network):
                 out = loss_function(network, scheduler, clean, labels, sigma, noise)
                 accelerator.backward(out.loss)
@@ -256,6 +258,7 @@ def build_unet(args: Namespace) -> EDM2UNet2DModel:
         attention_head_dim=args.attention_head_dim,
         num_class_embeds=args.num_classes or None,
         dropout=args.dropout,
+        label_dropout=args.label_dropout,
     )
 
 

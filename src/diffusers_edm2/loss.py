@@ -41,6 +41,17 @@ def noise_generators(seed: int, numbers: Sequence[int], device: torch.device | s
     return [torch.Generator(device).manual_seed(stream_seed(seed, number, use=0)) for number in numbers]
 
 
+def drop_labels(labels: Tensor, probability: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Class labels (long [B]), each replaced by -1, no class, with `probability` (arXiv 2207.12598, Algorithm 1).
+
+    The generators, one per image, are drawn from only if the probability is not 0.
+    """
+    if probability == 0:
+        return labels
+    draws = torch.cat([torch.rand(1, generator=g, device=labels.device) for g in generators])
+    return labels.where(draws >= probability, -1)
+
+
 class EDM2Loss:
     """Denoising loss weighted by a learned uncertainty (EDM2 eq. 14, 15, 21).
 

@@ -1,10 +1,12 @@
 """Sampling images from EDM2 models as one self-contained Diffusers pipeline file.
 
-Papers: EDM2 (arXiv 2312.02696) for the networks, EDM (arXiv 2206.00364) for the sampler, and "Guiding a Diffusion Model
-with a Bad Version of Itself" (arXiv 2406.02507) for guidance by a second network.
+Papers: EDM2 (arXiv 2312.02696) for the networks, EDM (arXiv 2206.00364) for the sampler, "Guiding a Diffusion Model
+with a Bad Version of Itself" (arXiv 2406.02507) for guidance by a second network, and "Applying Guidance in a Limited
+Interval" (arXiv 2404.07724) for guidance at some noise levels only.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,9 +32,11 @@ class EDM2Pipeline(DiffusionPipeline):
     Args:
         unet ([`EDM2UNet2DModel`]): the network; predicts F from c_in x and the timestep ln(σ)/4.
         scheduler ([`EDM2HeunScheduler`], or [`EDMEulerScheduler`], [`EDMDPMSolverMultistepScheduler`]).
-        guide_unet (*optional*): a second network of the same sample shape and σ_data, usually a smaller or less trained
-            one or an unconditional one, away from which `guidance_scale` extrapolates. To load a pipeline with a guide
-            of your own, use `EDM2Pipeline.from_pretrained`: Diffusers' base class does not see optional components.
+        guide_unet (*optional*): a second network of the same sample shape and σ_data, away from which `guidance_scale`
+            extrapolates: an unconditional one, or a smaller or less trained one, or one of another EMA. Without it,
+            a network that was trained with label dropout guides itself, as no class (classifier-free guidance). To load
+            a pipeline with a guide of your own, use `EDM2Pipeline.from_pretrained`: Diffusers' base class does not see
+            optional components.
         vae ([`AutoencoderKL`], *optional*): decodes latents; it was fed with images in [0, 1].
         latents_mean, latents_std (`list[float]`, *optional*): statistics of the raw latents, per channel; the network
             sees latents with mean 0 and standard deviation σ_data. Default: those of sd-vae-ft-mse.
@@ -72,13 +76,14 @@ class EDM2Pipeline(DiffusionPipeline):
         class_labels: int | Sequence[int] | np.ndarray | Tensor | None = None,
         num_inference_steps: int = 32,
         generator: Generators = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] | Tensor = 1.0,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["EDM2Pipeline", int, Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         batch_size: int | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw images.
 
@@ -87,7 +92,8 @@ class EDM2Pipeline(DiffusionPipeline):
                 float [B,N], mixtures of classes. Default: classes drawn at random, if the network knows any.
             num_inference_steps (`int`): N; the Heun scheduler makes 2N-1 network calls.
             generator (*optional*): one, or a list with one per image, which makes each image independent of its batch.
-            guidance_scale (`float`): w in D_guide + w (D - D_guide) (arXiv 2406.02507 eq. 3); 1 is no guidance.
+            guidance_scale (`float`, or one per image): w in D_guide + w (D - D_guide) (arXiv 2406.02507 eq. 3). Images
+                of scale 1 are not guided, and the guide is not called for them.
             latents (`Tensor` [B,C,H,W], *optional*): unit Gaussian noise to start from; float64 is kept.
             output_type (`str`): "pil", "np" [B,H,W,C] in [0, 1], "pt" [B,C,H,W] in [0, 1], or "latent": the sampler's
                 result as it is.
@@ -97,15 +103,19 @@ class EDM2Pipeline(DiffusionPipeline):
                 first half did, so replace latents at odd i, or at the last.
             callback_on_step_end_tensor_inputs: names of the tensors that the callback gets; "latents" is the only one.
             batch_size (`int`, *optional*): number of images, where neither labels, generators nor latents tell it.
+            guidance_interval (*optional*): (σ_lo, σ_hi); guidance only where σ_lo < σ <= σ_hi, and elsewhere no call of
+                the guide (arXiv 2404.07724). Default: at all noise levels.
 
         Raises:
             ValueError: arguments that do not fit the network or each other.
         """
-        self._check_inputs(guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        self._check_inputs(output_type, callback_on_step_end_tensor_inputs)
         labels = None if class_labels is None else torch.as_tensor(class_labels)
         generator = list(generator) if isinstance(generator, tuple) else generator
-        batch_size = self._batch_size(batch_size, labels, generator, latents)
+        batch_size = self._batch_size(batch_size, labels, generator, latents, guidance_scale)
         device = self._execution_device
+        weights = self._prepare_weights(guidance_scale, batch_size)
+        low, high = _interval(guidance_interval)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)
@@ -119,12 +129,14 @@ class EDM2Pipeline(DiffusionPipeline):
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_options["generator"] = generator
         progress: Any = self.progress_bar
+        noise_levels = getattr(self.scheduler, "call_sigmas", self.scheduler.sigmas).tolist()  # of the network calls
         with progress(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 if hasattr(self.scheduler, "churn"):
                     sample = self.scheduler.churn(sample, t, generator)
                 network_input = self.scheduler.scale_model_input(sample, t)
-                network_output = self._predict(network_input, t, labels, guidance_scale)
+                is_guided = weights is not None and low < noise_levels[i] <= high
+                network_output = self._predict(network_input, t, labels, weights if is_guided else None)
                 sample = self.scheduler.step(network_output, t, sample, **step_options)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": sample} if "latents" in callback_on_step_end_tensor_inputs else {}
@@ -135,13 +147,24 @@ class EDM2Pipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, network_input: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
-        """F, guided if asked; both networks share σ_data, so that guiding F guides D. In the type of the input."""
+    def _predict(self, network_input: Tensor, t: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
+        """F, guided if `weights` are given; both networks share σ_data, so that guiding F guides D."""
         output = _call(self.unet, network_input, t, labels)
-        if guidance_scale == 1:
+        if weights is None:
             return output
-        guide = _call(self.guide_unet, network_input, t, labels)
-        return torch.lerp(guide, output, guidance_scale)
+        rows = weights != 1  # on the CPU: no device sync
+        weights = weights[rows].to(output.device, output.dtype).reshape(-1, 1, 1, 1)
+        if rows.all():
+            return torch.lerp(self._guide(network_input, t, labels), output, weights)
+        rows = rows.nonzero()[:, 0].to(output.device)
+        guide = self._guide(network_input[rows], t, None if labels is None else labels[rows])
+        return output.index_copy(0, rows, torch.lerp(guide, output[rows], weights))
+
+    def _guide(self, network_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """F of the network to be guided away from: the guide, or the same network without a class."""
+        if self.guide_unet is None:
+            return _call(self.unet, network_input, t, None)
+        return _call(self.guide_unet, network_input, t, labels)
 
     def _decode(self, latents: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         """Samples with σ_data = 0.5 to images in [0, 1]: pixels as (x + 1)/2, whitened latents through the VAE."""
@@ -163,7 +186,7 @@ class EDM2Pipeline(DiffusionPipeline):
     # -----------------------------------------------------------------------------------------------------------------
     # Arguments
 
-    def _check_inputs(self, guidance_scale: float, output_type: str, tensor_inputs: Sequence[str]) -> None:
+    def _check_inputs(self, output_type: str, tensor_inputs: Sequence[str]) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; use 'pil', 'np', 'pt' or 'latent'.")
         channels = self.unet.config.in_channels if self.vae is None else self.vae.config.out_channels
@@ -174,18 +197,38 @@ class EDM2Pipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs={unknown}: only {self._callback_tensor_inputs} exist."
             )
-        if guidance_scale == 1:
-            return
-        if self.guide_unet is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a guide_unet in the pipeline; add one, or use 1.")
-        if self.guide_unet.config.in_channels != self.unet.config.in_channels:
+
+    def _prepare_weights(self, guidance_scale: float | Sequence[float] | Tensor, batch_size: int) -> Tensor | None:
+        """Guidance weights [B], float64 on the CPU; None where no image is guided."""
+        weights = torch.as_tensor(guidance_scale, dtype=torch.float64, device="cpu")
+        if weights.ndim > 1 or not weights.isfinite().all():
+            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number, or one per image.")
+        if (weights == 1).all():
+            return None
+        main, guide = self.unet.config, None if self.guide_unet is None else self.guide_unet.config
+        if guide is None and not (main.num_class_embeds and main.get("label_dropout", 0) > 0):
             raise ValueError(
-                f"guide_unet has {self.guide_unet.config.in_channels} channels and unet "
-                f"{self.unet.config.in_channels}; a guide works on the same samples."
+                f"guidance_scale={guidance_scale} needs a guide_unet in the pipeline, or a network with classes that "
+                "was trained with label dropout to guide itself; add a guide, or use 1."
             )
+        if guide is not None:
+            shapes = [f"{c.in_channels} channels of {c.sample_size}x{c.sample_size}" for c in (guide, main)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"guide_unet has {shapes[0]} and unet {shapes[1]}; a guide works on the same samples.")
+            if guide.num_class_embeds and main.num_class_embeds not in (None, 0, guide.num_class_embeds):
+                raise ValueError(
+                    f"guide_unet knows {guide.num_class_embeds} classes and unet {main.num_class_embeds}; "
+                    "a guide knows the same classes, or none."
+                )
+        return weights.expand(batch_size)
 
     def _batch_size(
-        self, batch_size: int | None, labels: Tensor | None, generator: Generators, latents: Tensor | None
+        self,
+        batch_size: int | None,
+        labels: Tensor | None,
+        generator: Generators,
+        latents: Tensor | None,
+        guidance_scale: float | Sequence[float] | Tensor,
     ) -> int:
         """The number of images, on which all arguments have to agree."""
         sizes = {
@@ -193,6 +236,7 @@ class EDM2Pipeline(DiffusionPipeline):
             "class_labels": None if labels is None or labels.ndim == 0 else len(labels),
             "generator": len(generator) if isinstance(generator, list) else None,
             "latents": None if latents is None else len(latents),
+            "guidance_scale": torch.as_tensor(guidance_scale).numel() if np.ndim(guidance_scale) else None,
         }
         sizes = {name: size for name, size in sizes.items() if size is not None}
         if len(set(sizes.values())) > 1 or 0 in sizes.values():
@@ -233,6 +277,16 @@ class EDM2Pipeline(DiffusionPipeline):
                 "use -1 for no class."
             )
         return labels.expand(batch_size).to(device) if labels.ndim == 0 else labels.to(device)
+
+
+def _interval(guidance_interval: tuple[float, float] | None) -> tuple[float, float]:
+    if guidance_interval is None:
+        return -math.inf, math.inf
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] < guidance_interval[1]:
+        raise ValueError(
+            f"guidance_interval={guidance_interval} must be two noise levels, 0 <= lo < hi, such as (0.28, 2.9)."
+        )
+    return guidance_interval
 
 
 def _call(unet, network_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

@@ -114,6 +114,7 @@ OPTIONS: tuple[Group, ...] = (
         (
             Option("P_mean", float, -0.4, "mean of ln(sigma) in training (EDM2 Table 6)", "X"),
             Option("P_std", float, 1.0, "standard deviation of ln(sigma) in training (EDM2 Table 6)", "X"),
+            Option("label_dropout", float, 0.0, "share of images shown without their class, in [0, 1); 0.1 is usual for classifier-free guidance with the trained network alone", "P"),
             Option("sigma_data", float, 0.5, "standard deviation of the training data (EDM Table 1)", "X"),
         ),
     ),
@@ -297,7 +298,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in (*positive, *network, *batch):
         if options[name] is not None and options[name] <= 0:
             raise ValueError(f"--{name} {options[name]} must be greater than 0.")
-    for name in ("adam_beta1", "adam_beta2", "dropout"):
+    for name in ("adam_beta1", "adam_beta2", "dropout", "label_dropout"):
         if not 0 <= options[name] < 1:
             raise ValueError(f"--{name} {options[name]} must be at least 0 and less than 1.")
     if min(options["block_out_channels"], default=0) <= 0:
@@ -401,4 +402,9 @@ def fit_to_data(options: argparse.Namespace, shape: tuple[int, int, int], num_cl
         raise ValueError(
             f"--num_classes {options.num_classes}, but the data have {num_classes}; give --num_classes {num_classes}, "
             "or 0 to train without classes."
+        )
+    if options.label_dropout and not options.num_classes:
+        raise ValueError(
+            f"--label_dropout {options.label_dropout} needs classes to leave out, but the network has none; "
+            "leave the option out, or train with classes."
         )

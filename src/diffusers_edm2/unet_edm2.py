@@ -251,6 +251,8 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         attention_head_dim (`int`): channels per attention head; divides the width of each level with attention.
         num_class_embeds (`int`, *optional*): number of classes; None for an unconditional network.
         dropout (`float`): dropout probability in the residual branches, in [0, 1).
+        label_dropout (`float`): the share of its training images that the network saw without their class, in [0, 1).
+            The network itself does not use it; above 0 it tells that classifier-free guidance makes sense.
         noise_embed_dim (`int`, *optional*): number of Fourier features of the noise level; default the first width.
         time_embed_dim (`int`, *optional*): width of the embedding; default the largest width.
         logvar_channels (`int`): Fourier features behind the uncertainty u(σ).
@@ -283,6 +285,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         attention_head_dim: int = 64,
         num_class_embeds: int | None = None,
         dropout: float = 0.0,
+        label_dropout: float = 0.0,
         noise_embed_dim: int | None = None,
         time_embed_dim: int | None = None,
         logvar_channels: int = 128,
