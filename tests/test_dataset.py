@@ -29,6 +29,7 @@ from diffusers_edm2.dataset import (
     is_mirrored,
     open_source,
     permutation,
+    wide_crop,
 )
 
 
@@ -83,13 +84,11 @@ def test_lossless_formats_keep_every_pixel():
     assert np.abs(jpeg.astype(int) - 200).max() <= 2
 
 
-@pytest.mark.parametrize(
-    "mode, channels", [("1", 1), ("L", 1), ("LA", 1), ("P", 3), ("RGBA", 3), ("CMYK", 3), ("YCbCr", 3)]
-)
+@pytest.mark.parametrize("mode, channels", [("1", 1), ("L", 1), ("LA", 1), ("P", 3), ("RGBA", 3), ("CMYK", 3)])
 def test_other_modes_become_grayscale_or_rgb(mode, channels):
     image = Image.fromarray(np.repeat(pixels(0, 8, 8, 1) // 128 * 255, 3, axis=2)).convert(mode)
     buffer = io.BytesIO()
-    image.save(buffer, "TIFF" if mode in {"CMYK", "YCbCr"} else "PNG")
+    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
     expected = pixels(0, 8, 8, 1) // 128 * 255  # black and white, which every one of these modes can hold
     assert np.array_equal(decode_picture(buffer.getvalue()), np.repeat(expected, channels, axis=2))
 
@@ -131,6 +130,18 @@ def test_dhariwal_crop_uses_a_bicubic_filter_below_a_factor_of_2():
     image = Image.fromarray(pixels(0, 12, 15))
     expected = np.asarray(image.resize((10, 8), Image.Resampling.BICUBIC))[:, 1:9]
     assert np.array_equal(dhariwal_crop(pixels(0, 12, 15), 8), expected)
+
+
+def test_wide_crop_lays_the_centred_part_on_a_black_square():
+    image = pixels(0, 6, 16)
+    square = wide_crop(image, 8, 6)  # nothing to resize: the part is as high as the image
+    assert np.array_equal(square[1:7], image[:, 4:12])
+    assert not square[[0, 7]].any()
+    tall = wide_crop(pixels(0, 20, 8, 1), 8, 4)  # as wide as the image
+    assert np.array_equal(tall[2:6], pixels(0, 20, 8, 1)[8:12])
+    flat = wide_crop(np.full((31, 50, 3), 77, np.uint8), 16, 9)
+    assert (flat[3:12] == 77).all() and not flat[:3].any() and not flat[12:].any()
+    assert np.array_equal(wide_crop(pixels(1, 9, 9), 4, 4), center_crop(pixels(1, 9, 9), 4))
 
 
 # --- sources
@@ -200,6 +211,35 @@ def test_stored_latents_are_float32_as_they_are(tmp_path):
     for item in (images[0], images[1]):
         assert (item["image"].dtype, item["label"]) == (torch.float32, 1)
         assert any(torch.allclose(item["image"].double(), torch.from_numpy(x), atol=2e-3) for x in latents)  # fp16
+
+
+def test_dataset_json_may_hold_class_names_and_the_statistics_of_latents(tmp_path):
+    content = {"labels": [["0.npy", 1]], "class_names": ["a", "b", "c"], "prepared": {"vae": "somebody/vae"}}
+    content |= {"latents_mean": [1, 2.5], "latents_std": [3, 4]}
+    files = {"0.npy": npy(np.zeros((4, 2, 2), np.float32)), "dataset.json": json.dumps(content).encode()}
+    source = FileSource(write(tmp_path / "named", files))
+    assert (source.class_names, source.num_classes) == (["a", "b", "c"], 3)
+    assert (source.latents_mean, source.latents_std) == ((1, 2.5), (3, 4))
+    files["dataset.json"] = listing(None)
+    source = FileSource(write(tmp_path / "plain", files))
+    assert (source.class_names, source.latents_mean, source.latents_std) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        {"latents_mean": [1.0]},
+        {"latents_mean": [1.0], "latents_std": [0.0]},
+        {"latents_mean": 1, "latents_std": 1},
+        {"latents_mean": [1.0, 2.0], "latents_std": [1.0]},
+        {"latents_mean": [float("nan")], "latents_std": [1.0]},
+    ],
+)
+def test_wrong_statistics_are_named(tmp_path, statistics):
+    content = json.dumps({"labels": None, **statistics}).encode()
+    files = {"0.npy": npy(np.zeros((2, 2, 2), np.float32)), "dataset.json": content}
+    with pytest.raises(ValueError, match=r"dataset\.json gives latents_mean .* deviations greater than 0\. Correct"):
+        FileSource(write(tmp_path, files))
 
 
 @pytest.mark.parametrize(
@@ -340,6 +380,32 @@ def test_imagefolder_is_read_like_class_folders(tmp_path, cache):
     ]
     assert theirs.labels.tolist() == ours.labels.tolist()
     assert theirs.name(1).endswith(f"({path}/a/2.png)")
+
+
+def test_latents_in_parquet_and_saved_folders(tmp_path, cache):
+    latents = np.random.default_rng(0).standard_normal((5, 6, 4, 4)).astype(np.float32)
+    features = datasets.Features({"z": datasets.Array3D((6, 4, 4), "float32"), "label": datasets.Value("int64")})
+    dataset = datasets.Dataset.from_dict({"z": list(latents), "label": [0, 1, 2, 1, 0]}, features)
+    dataset.info.description = json.dumps({"latents_mean": [1, 2, 3], "latents_std": [4, 5, 6]})
+    dataset.save_to_disk(tmp_path / "saved")
+    for path, known in ((str(tmp_path / "saved"), True), (parquet(tmp_path / "parquet", dataset), False)):
+        source = open_source(path, cache_dir=cache)
+        assert (source.is_latent, source.shape, source.num_classes) == (True, (6, 4, 4), 3)
+        assert (source.latents_mean, source.latents_std) == (((1, 2, 3), (4, 5, 6)) if known else (None, None))
+        for image in (source[3][0], pickle.loads(pickle.dumps(source))[3][0]):
+            assert image.dtype == np.float32
+            assert np.array_equal(image, latents[3])
+        assert source.name(3).endswith("row 3")
+        assert sorted(item["number"] for item in map(TrainingImages(source).__getitem__, range(5))) == list(range(5))
+
+
+def test_latents_that_are_not_finite_are_named(tmp_path, cache):
+    features = datasets.Features({"z": datasets.Array3D((2, 1, 1), "float32")})
+    dataset = datasets.Dataset.from_dict({"z": [[[[0.0]], [[1.0]]], [[[0.0]], [[float("inf")]]]]}, features)
+    source = open_source(parquet(tmp_path / "parquet", dataset), cache_dir=cache)
+    assert source[0][0].shape == (2, 1, 1)
+    with pytest.raises(BadImageError, match=r"row 1 cannot be decoded: it holds numbers that are not finite"):
+        source[1]
 
 
 def test_grayscale_and_declared_modes(tmp_path, cache):

@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers_edm2 import EDM2HeunScheduler, EDM2UNet2DModel
 from golden_files import load_golden
 from test_pipeline_edm2 import generators, pipeline
+from test_scheduling_edm2_heun import OPTIONS
 from test_unet_edm2 import active_unet
 
 SCHEDULERS = [EDM2HeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler]
@@ -32,21 +33,37 @@ class GaussianNetwork(ModelMixin, ConfigMixin):
         return ((D - sd**2 / (sigma**2 + sd**2) * x) / (sigma * sd / math.hypot(sigma, sd)),)
 
 
+class ReplayedChurn(EDM2HeunScheduler):
+    """Takes the churn noise from a list."""
+
+    def churn(self, sample, timestep, generator=None):
+        is_due = self.call_sigmas[self._current_index(timestep)] > self.sigmas[self._current_index(timestep) // 2]
+        is_first = self._current_index(timestep) % 2 == 0
+        return super().churn(sample, timestep, noise=self.recorded.pop(0) if is_due and is_first else None)
+
+
 @pytest.mark.parametrize("precision", ["f32", "f64"])
-def test_guided_samples_equal_reference(precision):
-    """The pipeline as a whole. Churn noise cannot be handed in: the scheduler's own test replays `churn_guided`."""
+@pytest.mark.parametrize("case", ["guided", "churn_guided"])
+def test_guided_samples_equal_reference(case, precision):
     tensors, metadata = load_golden("sampler.safetensors")
-    settings, expected = metadata["guided"], tensors[f"guided/{precision}/result"]
+    settings, expected = dict(metadata[case]), tensors[f"{case}/{precision}/result"]
     noise = tensors["noise"].to(expected.dtype)
     shape = {"sample_size": noise.shape[-1], "in_channels": noise.shape[1]}
     pipe = pipeline(unet=GaussianNetwork(0.1, 0.5, **shape), guide_unet=GaussianNetwork(-0.2, 0.7, **shape))
-    options = {"num_inference_steps": settings["num_steps"], "guidance_scale": settings["guidance"]}
-    found = pipe(latents=noise, output_type="latent", **options).images
+    steps, weight = settings.pop("num_steps"), settings.pop("guidance")
+    pipe.scheduler = ReplayedChurn(**{OPTIONS[name]: value for name, value in settings.items()})
+    recorded = list(tensors.get(f"{case}/{precision}/churn_noise", ()))
+
+    def run(w):
+        pipe.scheduler.recorded = list(recorded)
+        images = pipe(latents=noise, num_inference_steps=steps, guidance_scale=w, output_type="latent").images
+        assert pipe.scheduler.recorded == []
+        return images
+
     # The network gets ln(sigma)/4 in float32, so its sigma is off by up to ln(500) * 2**-24 = 4e-7, relative; the
     # reference's own float32 is another 1e-6 from its float64.
-    torch.testing.assert_close(found, expected, rtol=4e-6, atol=4e-6)
-    plain = pipe(latents=noise, output_type="latent", num_inference_steps=settings["num_steps"]).images
-    assert (plain - expected).abs().max() > 0.05
+    torch.testing.assert_close(run(weight), expected, rtol=4e-6, atol=4e-6)
+    assert (run(1.0) - expected).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -1,9 +1,17 @@
+import json
+
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
 from diffusers_edm2.latents import (
     RAW_MEAN,
     RAW_STD,
+    channel_moments,
+    channel_statistics,
+    encode_moments,
+    load_vae,
     quantize_rgb,
     sample_posterior,
     scale_rgb,
@@ -108,3 +116,57 @@ def test_posterior_refuses_what_it_cannot_draw():
         sample_posterior(moments(), [torch.Generator(), torch.Generator()])
     with pytest.raises(ValueError, match="4 means and 4 standard deviations for latents of 3 channels"):
         sample_posterior(moments()[:, :6])
+
+
+# ---- The VAE ---------------------------------------------------------------------------------------------------------
+
+
+def tiny_vae(channels: int = 4) -> AutoencoderKL:
+    torch.manual_seed(0)
+    levels = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(**levels, block_out_channels=[4, 8], norm_num_groups=4, latent_channels=channels).eval()
+
+
+@torch.no_grad()
+def test_the_vae_sees_0_to_1_and_gives_means_and_deviations():
+    vae = tiny_vae(channels=3)
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    moments = encode_moments(vae, images)
+    mean, logvar = vae.quant_conv(vae.encoder(images / 255)).chunk(2, dim=1)
+    assert (moments.shape, moments.dtype, moments.requires_grad) == ((5, 6, 8, 8), torch.float32, False)
+    assert torch.equal(moments[:, :3], mean)
+    torch.testing.assert_close(moments[:, 3:].log(), logvar / 2)
+
+
+def test_statistics_are_those_of_the_draws():
+    stored = moments(batch=50)
+    drawn = sample_posterior(stored, torch.Generator().manual_seed(0), mean=[0] * 4, std=[0.5] * 4)  # raw
+    mean, std = channel_statistics(sum(map(channel_moments, stored.numpy())) / 50)
+    # 50 x 64 numbers per channel, whose mean and deviation have standard errors of 1/57 and 1/80 of the deviation
+    np.testing.assert_allclose(mean, drawn.mean(dim=(0, 2, 3)), atol=4 * 4 / 57)
+    np.testing.assert_allclose(std, drawn.std(dim=(0, 2, 3)), rtol=4 / 80)
+    certain = torch.cat([stored[:, :4], torch.zeros(50, 4, 8, 8)], dim=1)
+    mean, std = channel_statistics(sum(map(channel_moments, certain.numpy())) / 50)
+    raw = stored[:, :4].double()
+    np.testing.assert_allclose(mean, raw.mean(dim=(0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std, raw.std(dim=(0, 2, 3), correction=0), rtol=1e-12)
+
+
+def test_a_vae_is_found_alone_and_in_a_pipeline(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "alone")
+    tiny_vae().save_pretrained(tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps({"_class_name": DiffusionPipeline.__name__}))
+    expected = tiny_vae().state_dict()
+    for name in ("alone", "pipeline"):
+        weights = load_vae(str(tmp_path / name)).state_dict()
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_what_is_no_vae_is_refused(tmp_path):
+    AutoencoderTiny().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="path .* is of class AutoencoderTiny; latents are made .* by an AutoencoderKL"
+    ):
+        load_vae(str(tmp_path))
+    with pytest.raises(ValueError, match=r"missing holds no AutoencoderKL, and no pipeline with one; name a folder"):
+        load_vae(str(tmp_path / "missing"))

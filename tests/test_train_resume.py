@@ -190,7 +190,7 @@ def test_a_full_disk_loses_nothing(whole, tmp_path):
         assert full.wait() == 1
     failed = run_dir / "checkpoints" / f"{int(kept.name) + 80:09d}"
     assert re.search(
-        f"CheckpointError: Writing {failed} failed: .*File too large.*; the last complete checkpoint is {kept}. "
+        f"error: Writing {failed} failed: .*File too large.*; the last complete checkpoint is {kept}. "
         "Free some space or mend the cause, and start the run again.",
         full.stderr,
     )
@@ -205,7 +205,7 @@ def test_a_run_is_trained_by_one_command_at_a_time(tmp_path):
         first.wait_for(has_lines(run_dir, 1))
         with Run(run_dir, "--duration", "1Mi") as second:
             assert second.wait() == 1
-        assert f"CheckpointError: {run_dir} is in use by process {first.process.pid} on " in second.stderr
+        assert f"error: {run_dir} is in use by process {first.process.pid} on " in second.stderr
         first.send(signal.SIGINT)
         assert first.wait() == 0
 

@@ -1,4 +1,4 @@
-"""Running training/train_edm2.py in processes of its own, and comparing what they leave."""
+"""Running training scripts in processes of their own, and comparing what they leave."""
 
 import json
 import multiprocessing
@@ -47,6 +47,7 @@ class Run:
         options: of the command line, after those in `recipe`: the last one of a name counts.
         file_size_limit: bytes that no file can exceed, in place of a full disk.
         command: run this instead of forking, with the script and its options behind it.
+        script: which one; `output_option` is its word for where the output goes.
     """
 
     def __init__(
@@ -56,17 +57,21 @@ class Run:
         recipe: list[str] = TINY,
         file_size_limit: int | None = None,
         command: list[str] | None = None,
+        script: Path = SCRIPT,
+        output_option: str = "--output_dir",
     ):
         self.output_dir = output_dir
-        arguments = [*recipe, "--output_dir", str(output_dir), *options]
+        arguments = [*recipe, output_option, str(output_dir), *options]
         number = len(list(output_dir.parent.glob(f"{output_dir.name}-*.out")))
         self.out, self.err = (output_dir.with_name(f"{output_dir.name}-{number}.{end}") for end in ("out", "err"))
         if command is None:
-            self.process = _FORKSERVER.Process(target=_run, args=(arguments, self.out, self.err, file_size_limit))
+            self.process = _FORKSERVER.Process(
+                target=_run, args=(script, arguments, self.out, self.err, file_size_limit)
+            )
             self.process.start()
         else:
             with open(self.out, "wb") as out, open(self.err, "wb") as err:
-                line = [*command, str(SCRIPT), *arguments]
+                line = [*command, str(script), *arguments]
                 environment = os.environ | ON_CPU
                 self.process = subprocess.Popen(line, stdout=out, stderr=err, env=environment, start_new_session=True)
 
@@ -114,7 +119,7 @@ class Run:
         return self.err.read_text() if self.err.exists() else ""
 
 
-def _run(arguments: list[str], out: Path, err: Path, file_size_limit: int | None) -> None:
+def _run(script: Path, arguments: list[str], out: Path, err: Path, file_size_limit: int | None) -> None:
     os.setsid()
     os.environ.update(ON_CPU)
     multiprocessing.set_start_method(None, force=True)  # the data workers' is not ours, but Python's default
@@ -122,8 +127,8 @@ def _run(arguments: list[str], out: Path, err: Path, file_size_limit: int | None
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     if file_size_limit is not None:  # Python ignores the signal of this limit: writing fails with EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def train(output_dir: Path, *options: str, timeout: float = 120, **kwargs: Any) -> Run:

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,10 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Loss, EDM2Pipeline, EDM2UNet2DModel, PowerFunctionEMA, checkpoint
+from diffusers_edm2.checkpoint import CheckpointError
 from diffusers_edm2.dataset import GlobalBatchSampler, TrainingImages, collate, open_source
+from diffusers_edm2.ema import snapshot_name
 from diffusers_edm2.files import atomic_file, atomic_folder, clean_leftovers, write_atomic
 from diffusers_edm2.grid import image_grid
-from diffusers_edm2.latents import quantize_rgb, sample_posterior, scale_rgb
+from diffusers_edm2.hub import BackgroundUploads, PublishError, open_repo
+from diffusers_edm2.latents import RAW_MEAN, RAW_STD, load_vae, quantize_rgb, sample_posterior, scale_rgb
 from diffusers_edm2.loss import drop_labels, noise_generators, stream_seed
 from diffusers_edm2.monitoring import LossMeter, activation_magnitudes, weight_magnitudes
 from diffusers_edm2.optim import guard_gradients, learning_rate
@@ -41,43 +44,67 @@ from diffusers_edm2.training_options import FREE_OPTIONS, fit_to_data, parse_opt
 
 def main() -> None:
     args = parse_options()
+    hub_token = args.hub_token
+    del args.hub_token  # not among the options that are shown and written down
     # By itself, PartialState does not look at the flag that `accelerate launch --cpu` sets.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    resolve_batch(args, state.num_processes)
-    if args.dry_run:
-        return print_recipe(args) if state.is_main_process else None
-    if args.mixed_precision == "fp16" and state.device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
-    images = open_images(args)
-    run_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=run_dir / "logs",
-        dynamo_backend="inductor" if args.compile else None,
-        # No loss scaling and no skipped steps: guard_gradients is the one rule for what is not finite.
-        kwargs_handlers=[GradScalerKwargs(enabled=False)],
-    )
-    args.mixed_precision = accelerator.mixed_precision
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-
-    options = vars(args) | {"dataset_size": len(images)}
-    checkpoint.check_config(run_dir, {"options": options}, set(FREE_OPTIONS))
+    with told(ValueError):
+        resolve_batch(args, state.num_processes)
+        if args.dry_run:
+            return print_recipe(args) if state.is_main_process else None
+        images, accelerator = set_up(args, state)
+        run_dir, options = Path(args.output_dir), vars(args) | {"dataset_size": len(images)}
+        checkpoint.check_config(run_dir, {"options": options}, set(FREE_OPTIONS))
     accelerator.wait_for_everyone()
-    with checkpoint.lock_run(run_dir, warn) if accelerator.is_main_process else contextlib.nullcontext():
-        if accelerator.is_main_process:
+    is_main = accelerator.is_main_process
+    with told(CheckpointError), checkpoint.lock_run(run_dir, warn) if is_main else contextlib.nullcontext():
+        if is_main:
             for sentence in clean_leftovers(run_dir):
                 warn(sentence)
+        uploads = start_uploads(args, hub_token, run_dir) if is_main else None
         try:
-            train(args, options, images, run_dir, accelerator)
+            train(args, options, images, run_dir, accelerator, uploads)
         except BaseException as error:
             # Frees the data loader, which ends its workers: they ignore the signal that Python ends them with.
             traceback.clear_frames(error.__traceback__)
             raise
 
 
-def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path, accelerator: Accelerator) -> None:
+def set_up(args: Namespace, state: PartialState) -> tuple[TrainingImages, Accelerator]:
+    if args.mixed_precision == "fp16" and state.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
+    images = open_images(args)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=Path(args.output_dir) / "logs",
+        dynamo_backend="inductor" if args.compile else None,
+        # No loss scaling and no skipped steps: guard_gradients is the one rule for what is not finite.
+        kwargs_handlers=[GradScalerKwargs(enabled=False)],
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return images, accelerator
+
+
+@contextlib.contextmanager
+def told(kind: type[Exception]) -> Iterator[None]:
+    """Errors that a user can mend end the program with their message alone."""
+    try:
+        yield
+    except kind as error:
+        raise SystemExit(f"train_edm2.py: error: {error}") from None
+
+
+def train(
+    args: Namespace,
+    options: dict,
+    images: TrainingImages,
+    run_dir: Path,
+    accelerator: Accelerator,
+    uploads: BackgroundUploads | None,
+) -> None:
     device, is_main = accelerator.device, accelerator.is_main_process
     world, rank = accelerator.num_processes, accelerator.process_index
 
@@ -95,6 +122,8 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
     ema = PowerFunctionEMA(unet, args.ema_sigma_rel)
     scheduler = EDM2HeunScheduler(sigma_data=args.sigma_data)
     loss_function = EDM2Loss(args.P_mean, args.P_std)
+    if is_main and args.pretrained_vae_model_name_or_path:
+        build_pipeline(args, ema, scheduler)  # a VAE that does not fit shows now, not at the first grid
     meter = LossMeter(device)
     bad_images: set[str] = set()
     nimg = 0
@@ -147,7 +176,7 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
             numbers = batch["number"].tolist()
             generators = noise_generators(args.seed, numbers, device)
             torch.manual_seed(stream_seed(args.seed, numbers[0], use=1))  # dropout
-            clean = to_samples(batch["image"].to(device, non_blocking=True), generators)
+            clean = to_samples(batch["image"].to(device, non_blocking=True), generators, args)
             labels = batch["label"].to(device, non_blocking=True) if args.num_classes else None
             sigma, noise = loss_function.draw(clean, generators)
             if labels is not None:
@@ -193,6 +222,8 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
             save_samples(run_dir, nimg, args, ema, scheduler)
         if is_main and snapshot:
             save_snapshots(run_dir, nimg, args, ema, scheduler)
+            if uploads and args.hub_strategy == "snapshots" and not finished:
+                uploads.submit(nimg)
         if save or interrupted:
             sums = accelerator.gather(meter.sums[None])
             bad_images.update(gather_object(sorted(bad_images)))
@@ -218,6 +249,11 @@ def train(args: Namespace, options: dict, images: TrainingImages, run_dir: Path,
         accelerator.print(f"Stopped after {nimg} of {args.duration} images; all is saved. The same command goes on.")
     else:
         accelerator.print(f"Finished after {nimg} images. The pipeline is in {run_dir / 'pipeline'}.")
+    if uploads:
+        if nimg >= args.duration:
+            uploads.submit(nimg)
+        if remaining := uploads.finish(interrupted=lambda: stop.received):
+            warn(remaining)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,13 +275,20 @@ def open_images(args: Namespace) -> TrainingImages:
     crop = "center" if args.center_crop else "dhariwal" if args.dhariwal_crop else "none"
     images = TrainingImages(source, args.seed, args.resolution, crop, args.random_flip, args.skip_bad_images)
     fit_to_data(args, images.image_shape, source.num_classes, source.is_latent)
-    images[0]  # a wrong size or a broken file shows now, not after the set-up
+    if args.latents_mean is not None and not source.is_latent:
+        raise ValueError("--latents_mean and --latents_std are for stored latents; the data set holds pictures.")
+    if source.is_latent and args.latents_mean is None:  # those of the data set, or else the papers'
+        args.latents_mean, args.latents_std = source.latents_mean or RAW_MEAN, source.latents_std or RAW_STD
+    # A wrong size, a broken file or a wrong number of statistics shows now, not after the set-up.
+    to_samples(images[0]["image"][None], [torch.Generator()], args)
     return images
 
 
-def to_samples(images: Tensor, generators: list[torch.Generator]) -> Tensor:
+def to_samples(images: Tensor, generators: list[torch.Generator], args: Namespace) -> Tensor:
     """What the network learns: pictures scaled to [-1, 1], stored latents drawn anew from their posterior."""
-    return scale_rgb(images) if images.dtype == torch.uint8 else sample_posterior(images, generators)
+    if images.dtype == torch.uint8:
+        return scale_rgb(images)
+    return sample_posterior(images, generators, args.latents_mean, args.latents_std, args.sigma_data)
 
 
 def build_unet(args: Namespace) -> EDM2UNet2DModel:
@@ -266,6 +309,21 @@ def build_unet(args: Namespace) -> EDM2UNet2DModel:
 # What a run writes
 
 
+def start_uploads(args: Namespace, token: str | None, run_dir: Path) -> BackgroundUploads | None:
+    """Open the repository now, so that a wrong name or token shows at once; without a network the training goes on."""
+    if not args.push_to_hub:
+        return None
+    repo, private, is_open = args.hub_model_id or run_dir.absolute().name, args.hub_private_repo or None, True
+    try:
+        repo = open_repo(repo, token, private)
+    except PublishError as error:
+        raise SystemExit(f"error: --push_to_hub: {error}") from error
+    except ConnectionError as error:
+        is_open = False
+        warn(f"--push_to_hub: {error} The training goes on without; the uploads are tried in their time.")
+    return BackgroundUploads(run_dir, repo, token=token, private=private, is_open=is_open, report=tqdm.write)
+
+
 def averaged_unet(args: Namespace, weights: Mapping[str, Tensor]) -> EDM2UNet2DModel:
     """A network whose parameters are the EMA's own tensors: no copy, and no random numbers drawn."""
     with torch.device("meta"):
@@ -278,10 +336,9 @@ def build_pipeline(args: Namespace, ema: PowerFunctionEMA, scheduler: EDM2HeunSc
     """The first EMA track as a pipeline, with the VAE if there is one."""
     unet, vae = averaged_unet(args, ema.averaged(ema.sigma_rel[0])), None
     if args.pretrained_vae_model_name_or_path:
-        from diffusers import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path).to(unet.device)
-    pipeline = EDM2Pipeline(unet, EDM2HeunScheduler.from_config(scheduler.config), vae=vae)
+        vae = load_vae(args.pretrained_vae_model_name_or_path).to(unet.device)
+    statistics = {"latents_mean": args.latents_mean, "latents_std": args.latents_std}
+    pipeline = EDM2Pipeline(unet, EDM2HeunScheduler.from_config(scheduler.config), vae=vae, **statistics)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -289,7 +346,7 @@ def build_pipeline(args: Namespace, ema: PowerFunctionEMA, scheduler: EDM2HeunSc
 def save_snapshots(run_dir: Path, nimg: int, args: Namespace, ema: PowerFunctionEMA, scheduler) -> None:
     """Every EMA track as a model folder, and the first as the newest pipeline."""
     for sigma_rel in ema.sigma_rel:
-        path = run_dir / "snapshots" / f"unet-{nimg:09d}-{sigma_rel:.3f}"
+        path = run_dir / "snapshots" / snapshot_name(nimg, sigma_rel)
         with checkpoint.explain_save_errors(run_dir, path), atomic_folder(path, replace=True) as folder:
             averaged_unet(args, ema.averaged(sigma_rel)).save_pretrained(folder)
     path = run_dir / "pipeline"

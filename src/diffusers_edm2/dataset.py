@@ -7,6 +7,7 @@ numbers out to the processes. None of them remembers anything, so a run resumed 
 
 import io
 import json
+import math
 import os
 import struct
 import weakref
@@ -14,7 +15,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from torch.utils.data import Dataset, Sampler
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LATENT_SUFFIX = ".npy"
 LABEL_COLUMNS = ("label", "labels", "class", "cls")  # tried in this order where the data set declares no class column
-CROPS = ("none", "center", "dhariwal")
 
 
 class BadImageError(ValueError):
@@ -72,7 +72,11 @@ def decode_latents(data: bytes) -> np.ndarray:
     Raises:
         ValueError: not a finite array of floating-point numbers with three axes, or not an NPY file.
     """
-    array = np.load(io.BytesIO(data))
+    return check_latents(np.load(io.BytesIO(data)))
+
+
+def check_latents(array: np.ndarray) -> np.ndarray:
+    """Stored latents, float [C, H, W], as float32; raises ValueError if that is not what they are."""
     if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"it holds {array.dtype} {list(array.shape)}; stored latents are float [C, H, W]")
     if not np.isfinite(array).all():
@@ -104,6 +108,27 @@ def dhariwal_crop(pixels: np.ndarray, resolution: int) -> np.ndarray:
     return _from_pillow(image)[top : top + resolution, left : left + resolution]
 
 
+def wide_crop(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The centred part of the shape width : height, resized with Lanczos, on a black square: uint8 [width, width, C].
+
+    Args:
+        pixels: uint8 [H, W, C].
+        width, height: pixels of the part, height <= width; the square has `width` pixels a side.
+    """
+    full_height, full_width = pixels.shape[:2]
+    scale = min(full_width / width, full_height / height)
+    part_width, part_height = (min(round(n * scale), full) for n, full in ((width, full_width), (height, full_height)))
+    top, left = (full_height - part_height) // 2, (full_width - part_width) // 2
+    image = _to_pillow(pixels[top : top + part_height, left : left + part_width])
+    square = np.zeros((width, width, pixels.shape[2]), np.uint8)
+    above = (width - height) // 2
+    square[above : above + height] = _from_pillow(image.resize((width, height), Image.Resampling.LANCZOS))
+    return square
+
+
+CROPS: dict[str, Callable[..., np.ndarray] | None] = {"none": None, "center": center_crop, "dhariwal": dhariwal_crop}
+
+
 def _to_pillow(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
@@ -123,6 +148,8 @@ class ImageSource(ABC):
     An image is a picture, uint8 [H, W, 1 or 3], or, where `is_latent`, stored latents, float32 [C, H, W]. A label is
     0 to num_classes - 1, or -1 in a source without labels. Sources can be pickled, and read in several processes.
 
+    Latents may know the statistics of their raw channels, `latents_mean` and `latents_std`: C/2 numbers each, or None.
+
     Args:
         title: what to call the whole source in messages.
         labels: int [N]; all -1 where there are no labels.
@@ -133,6 +160,8 @@ class ImageSource(ABC):
     """
 
     is_latent: bool = False
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
     def __init__(self, title: str, labels: Iterable[int], class_names: list[str] | None = None):
         self.title = title
@@ -158,6 +187,45 @@ class ImageSource(ABC):
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
         """Image `index`; raises `BadImageError` if it cannot be decoded."""
+
+    def fit(
+        self,
+        image: np.ndarray,
+        index: int,
+        shape: tuple[int, int, int],
+        crop: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """What `read(index)` gave, as the whole data set has it: [C, H, W], latents float32, pictures uint8.
+
+        Args:
+            shape: (C, H, W) of the result. Grayscale pictures in a data set in colour get three equal channels.
+            crop: from a picture to one of the right size, for example `partial(center_crop, resolution=64)`.
+
+        Raises:
+            BadImageError: latents of another shape; pictures of another size, or in colour in a data set without.
+        """
+        channels, height, width = shape
+        if self.is_latent:
+            if image.shape != shape:
+                raise BadImageError(
+                    f"{self.name(index)} is {_times(image.shape)}; all latents must be {_times(shape)} (channels x "
+                    "height x width), by the first of them and --resolution. Change --resolution, or prepare it again."
+                )
+            return image
+        if image.shape[2] > channels:
+            raise BadImageError(
+                f"{self.name(index)} has {image.shape[2]} channels, in a data set that is grayscale by the first "
+                "images looked at. Convert the images, all to grayscale or all to RGB."
+            )
+        if crop is not None:
+            image = crop(image)
+        if image.shape[:2] != (height, width):
+            raise BadImageError(
+                f"{self.name(index)} is {_times(image.shape[:2])} pixels; without a crop all images must be "
+                f"{_times((height, width))} (height x width). Add --center_crop or --dhariwal_crop, or "
+                "change --resolution."
+            )
+        return np.broadcast_to(image, (height, width, channels)).transpose(2, 0, 1)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -192,6 +260,22 @@ class ImageSource(ABC):
         _, height, width = shapes[0]
         return shapes[0][0] if self.is_latent else max(channels for channels, _, _ in shapes), height, width
 
+    def _take_statistics(self, record: Mapping[str, Any], title: str) -> None:
+        """Take over `latents_mean` and `latents_std` from `record`, called `title`, if it has them."""
+        found: tuple[Any, Any] = record.get("latents_mean"), record.get("latents_std")
+        if found == (None, None):
+            return
+        try:
+            mean, std = (tuple(map(float, numbers)) for numbers in found)
+        except (TypeError, ValueError):
+            mean, std = (), ()
+        if not mean or len(mean) != len(std) or min(std) <= 0 or not all(map(math.isfinite, mean + std)):
+            raise ValueError(
+                f"{title} gives latents_mean {found[0]} and latents_std {found[1]}; they must be one finite number per "
+                "channel each, deviations greater than 0. Correct them, or prepare the data again."
+            )
+        self.latents_mean, self.latents_std = mean, std
+
 
 class DigitsSource(ImageSource):
     """The 1797 handwritten digits that come with scikit-learn: grayscale 8x8, 0..16 scaled to 0..255, 10 classes.
@@ -222,11 +306,14 @@ class DigitsSource(ImageSource):
 class HuggingFaceSource(ImageSource):
     """A data set of the `datasets` library: from the Hub, or a folder of parquet, Arrow or image files.
 
+    A column of floating-point `Array3D` holds stored latents; the statistics of their raw channels, if known, stand in
+    the data set's description as JSON: {"latents_mean": [...], "latents_std": [...]}.
+
     Args:
         dataset_name: Hub id, or local folder, also one that `Dataset.save_to_disk` wrote.
         config: configuration ("subset") of a data set that has several.
         split: a split or slice of it ("train[:10%]"). By default "train", or the only one.
-        image_column: by default the only column of images, or the one called "image".
+        image_column: by default the only column of images, or the one called "image"; without images, of latents.
         label_column: of integers or strings. By default the only class-label column, or else the first of "label",
             "labels", "class", "cls" that exists; without any, the source has no labels.
         cache_dir, revision: as in `datasets.load_dataset`.
@@ -253,17 +340,25 @@ class HuggingFaceSource(ImageSource):
         images = [name for name in features if isinstance(features[name], datasets.Image)]
         classes = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
         others = [name for name in LABEL_COLUMNS if name in features and name not in images]
+        arrays = [name for name in features if isinstance(features[name], datasets.Array3D)]
+        latents = [name for name in arrays if features[name].dtype.startswith("float")]
 
-        image_column = self._choose(features, "--image_column", image_column, images, preferred="image")
-        if image_column not in images:
+        image_column = self._choose(features, "--image_column", image_column, images or latents, preferred="image")
+        if image_column not in (*images, *latents):
             raise ValueError(
                 f"{self.title} has no images in {image_column or 'any column'}; {_describe(features)}. "
                 "Name one that holds images with --image_column, or another data set."
             )
         label_column = self._choose(features, "--label_column", label_column, classes or others[:1], preferred="label")
 
-        self.column, self.mode = image_column, features[image_column].mode
-        self.rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        self.column, self.is_latent = image_column, image_column in latents
+        self.rows = rows.select_columns([image_column])
+        if self.is_latent:
+            self.rows = self.rows.with_format("numpy")
+            self._take_statistics(_json_object(rows.info.description), f"The description of {self.title}")
+        else:
+            self.mode = features[image_column].mode
+            self.rows = self.rows.cast_column(image_column, datasets.Image(decode=False))
         if label_column is None:
             super().__init__(self.title, [-1] * len(rows))
         else:
@@ -304,7 +399,7 @@ class HuggingFaceSource(ImageSource):
         return labels, names
 
     def name(self, index: int) -> str:
-        value = self.rows[index][self.column]
+        value = None if self.is_latent else self.rows[index][self.column]
         file = f" ({value['path']})" if value and value["path"] else ""
         return f"{self.title} row {index}{file}"
 
@@ -312,8 +407,19 @@ class HuggingFaceSource(ImageSource):
         value = self.rows[index][self.column]
         if value is None:
             raise BadImageError(f"{self.name(index)} has no image.")
+        if self.is_latent:
+            return _decode(self, index, check_latents, value)
         data = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
         return _decode(self, index, decode_picture, data, self.mode)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """What a description says in JSON; nothing if it is written for people."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _describe(features: Mapping[str, Any]) -> str:
@@ -359,6 +465,7 @@ class FileSource(ImageSource):
     Files are found at any depth and sorted by name; those whose name, or a folder's, begins with "." or "__MACOSX"
     are left out. NPY files are stored latents. The labels are
         - what `dataset.json` at the top says, {"labels": [["00000/img00000000.png", 3], ...]} or {"labels": null};
+          it may also hold "class_names", and the "latents_mean" and "latents_std" of latents;
         - without it, the top folders that the files are in, numbered in sorted order;
         - without those, because all files are at the top, none.
 
@@ -391,8 +498,10 @@ class FileSource(ImageSource):
         self.rows = np.array(latents or pictures)
         names = [self.files.names[i] for i in self.rows]
         if "dataset.json" in self.files.names:
-            text = self.files.read(self.files.names.index("dataset.json"))
-            super().__init__(str(path), _listed_labels(f"{path}/dataset.json", text, names))
+            listing, title = self.files.read(self.files.names.index("dataset.json")), f"{path}/dataset.json"
+            super().__init__(str(path), *_listed_labels(title, listing, names))
+            if self.is_latent:
+                self._take_statistics(json.loads(listing), title)
         else:
             super().__init__(str(path), *_folder_labels(str(path), names))
 
@@ -408,10 +517,12 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
-def _listed_labels(title: str, text: bytes, names: list[str]) -> list[int]:
-    """The label of each file as `dataset.json` lists it; all -1 where it lists none."""
+def _listed_labels(title: str, text: bytes, names: list[str]) -> tuple[list[int], list[str] | None]:
+    """The label of each file as `dataset.json` lists it, all -1 where it lists none, and the names of the classes."""
     try:
-        labels = json.loads(text)["labels"]
+        content = json.loads(text)
+        labels, class_names = content["labels"], content.get("class_names")
+        class_names = None if class_names is None else list(map(str, class_names))
         listed = None if labels is None else dict(labels)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -419,14 +530,14 @@ def _listed_labels(title: str, text: bytes, names: list[str]) -> list[int]:
             "Correct it, or remove it to take the folders as classes."
         ) from error
     if listed is None:
-        return [-1] * len(names)
+        return [-1] * len(names), None
     wrong = [name for name in names if not isinstance(listed.get(name), int)]
     if wrong:
         raise ValueError(
             f"{title} gives {wrong[0]} the label {listed.get(wrong[0])}; it must give every image an integer, or have "
             f'"labels": null. Correct it, or remove the image ({len(wrong)} such images).'
         )
-    return [listed[name] for name in names]
+    return [listed[name] for name in names], class_names
 
 
 def _folder_labels(title: str, names: list[str]) -> tuple[list[int], list[str] | None]:
@@ -647,7 +758,9 @@ class TrainingImages(Dataset):
             )
         channels, height, width = source.shape
         self.image_shape = (channels, resolution or height, resolution or width)
-        self.source, self.seed, self.crop = source, seed, crop
+        self.source, self.seed = source, seed
+        cropped = CROPS[crop]
+        self.crop = cropped and partial(cropped, resolution=resolution)
         self.random_flip, self.skip_bad_images = random_flip, skip_bad_images
         self._pass, self._order = -1, np.empty(0, np.int64)
 
@@ -664,7 +777,7 @@ class TrainingImages(Dataset):
             index = int(self._order[(place + len(bad)) % len(self)])
             try:
                 image, label = self.source[index]
-                image = self._prepare(image, index)
+                image = self.source.fit(image, index, self.image_shape, self.crop)
             except BadImageError as error:
                 if not self.skip_bad_images:
                     raise BadImageError(f"{error} Or leave out all such images with --skip_bad_images.") from error
@@ -677,32 +790,6 @@ class TrainingImages(Dataset):
             f"None of the {len(self)} images of {self.source.title} can be used, though --skip_bad_images leaves out "
             "those that cannot. Run without it to see what is wrong with the first."
         )
-
-    def _prepare(self, image: np.ndarray, index: int) -> np.ndarray:
-        """Image `index` of the source, brought to the [C, H, W] that all must have."""
-        channels, height, width = self.image_shape
-        if self.source.is_latent:
-            if image.shape != self.image_shape:
-                raise BadImageError(
-                    f"{self.source.name(index)} is {_times(image.shape)}; all latents must be "
-                    f"{_times(self.image_shape)} (channels x height x width), by the first of them and --resolution. "
-                    "Change --resolution, or prepare it again."
-                )
-            return image
-        if image.shape[2] > channels:
-            raise BadImageError(
-                f"{self.source.name(index)} has {image.shape[2]} channels, in a data set that is grayscale by the "
-                "first images looked at. Convert the images, all to grayscale or all to RGB."
-            )
-        if self.crop != "none":
-            image = (center_crop if self.crop == "center" else dhariwal_crop)(image, height)
-        if image.shape[:2] != (height, width):
-            raise BadImageError(
-                f"{self.source.name(index)} is {_times(image.shape[:2])} pixels; without a crop all images must be "
-                f"{_times((height, width))} (height x width). Add --center_crop or --dhariwal_crop, or "
-                "change --resolution."
-            )
-        return np.broadcast_to(image, (height, width, channels)).transpose(2, 0, 1)
 
 
 def _times(size: tuple[int, ...]) -> str:

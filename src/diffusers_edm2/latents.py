@@ -1,11 +1,14 @@
 """Between stored images and what the network sees: RGB in [-1, 1], and VAE latents whitened to sigma_data.
 
 The latents of EDM2 are those of `stabilityai/sd-vae-ft-mse` fed images in [0, 1]. The constants below are the
-mean and standard deviation of each raw channel over ImageNet-512 (EDM2, arXiv 2312.02696).
+mean and standard deviation of each raw channel over ImageNet-512 (EDM2, arXiv 2312.02696). Another VAE has others,
+which `channel_moments` and `channel_statistics` find.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,13 +103,70 @@ def sample_posterior(
     return whiten(m + s * noise.to(moments.device), mean, std, sigma_data)
 
 
+def load_vae(name: str) -> Any:
+    """The `AutoencoderKL` in a folder or on the Hub; of a whole pipeline, the one in its subfolder `vae`.
+
+    Raises:
+        ValueError: there is none, or it is of another class.
+    """
+    from diffusers import AutoencoderKL
+
+    reasons = []
+    for subfolder in (None, "vae"):
+        try:
+            config: Any = AutoencoderKL.load_config(name, subfolder=subfolder)
+        except (OSError, ValueError) as error:  # not there; or a name that neither a folder nor the Hub can have
+            reasons.append(str(error))
+            continue
+        if config.get("_class_name") != "AutoencoderKL":
+            raise ValueError(
+                f"--pretrained_vae_model_name_or_path {name} is of class {config.get('_class_name')}; latents are made "
+                "and decoded by an AutoencoderKL, for example stabilityai/sd-vae-ft-mse."
+            )
+        return AutoencoderKL.from_pretrained(name, subfolder=subfolder)
+    raise ValueError(
+        f"--pretrained_vae_model_name_or_path {name} holds no AutoencoderKL, and no pipeline with one; name a folder "
+        f"or a Hub id such as stabilityai/sd-vae-ft-mse ({reasons[0]})"
+    )
+
+
+@torch.no_grad()
+def encode_moments(vae: Any, images: Tensor) -> Tensor:
+    """The posteriors of images, as `sample_posterior` takes them: [B, 2C, h, w] float32, means, then deviations.
+
+    Args:
+        vae: an `AutoencoderKL`. Whatever its own habit, it is fed [0, 1], as EDM2's, so that it gives back [0, 1].
+        images: uint8 [B, 1 or 3, H, W], on the device of the VAE.
+    """
+    posterior = vae.encode(images.to(torch.float32) / 255).latent_dist
+    return torch.cat([posterior.mean, posterior.std], dim=1).to(torch.float32)
+
+
+def channel_moments(moments: np.ndarray) -> np.ndarray:
+    """First and second raw moment of each channel of the latents of one image: float64 [2, C].
+
+        E[x] = E[m],  E[x^2] = E[m^2 + s^2]   for x = m + s * eps
+
+    Args:
+        moments: [2C, h, w] as `encode_moments` gives them.
+    """
+    m, s = np.split(moments.astype(np.float64), 2)
+    return np.stack([m.mean(axis=(1, 2)), (m**2 + s**2).mean(axis=(1, 2))])
+
+
+def channel_statistics(moments: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each raw channel, from the mean of `channel_moments` over all images."""
+    mean = moments[0]
+    return mean.tolist(), np.sqrt(moments[1] - mean**2).tolist()
+
+
 def _per_channel(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """`mean` and `std` as [C, 1, 1] tensors, in float32 or better, on the device of `latents` [B, C, H, W]."""
     channels = latents.shape[1]
     if not len(mean) == len(std) == channels:
         raise ValueError(
             f"{len(mean)} means and {len(std)} standard deviations for latents of {channels} channels; "
-            "give one of each per channel."
+            "give one of each per channel (for training: --latents_mean, --latents_std)."
         )
     dtype = torch.promote_types(latents.dtype, torch.float32)
     mean_c, std_c = (torch.tensor(x, dtype=dtype, device=latents.device).view(-1, 1, 1) for x in (mean, std))

@@ -6,8 +6,12 @@ Interval" (arXiv 2404.07724) for guidance at some noise levels only.
 """
 
 import inspect
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,9 +38,7 @@ class EDM2Pipeline(DiffusionPipeline):
         scheduler ([`EDM2HeunScheduler`], or [`EDMEulerScheduler`], [`EDMDPMSolverMultistepScheduler`]).
         guide_unet (*optional*): a second network of the same sample shape and σ_data, away from which `guidance_scale`
             extrapolates: an unconditional one, or a smaller or less trained one, or one of another EMA. Without it,
-            a network that was trained with label dropout guides itself, as no class (classifier-free guidance). To load
-            a pipeline with a guide of your own, use `EDM2Pipeline.from_pretrained`: Diffusers' base class does not see
-            optional components.
+            a network that was trained with label dropout guides itself, as no class (classifier-free guidance).
         vae ([`AutoencoderKL`], *optional*): decodes latents; it was fed with images in [0, 1].
         latents_mean, latents_std (`list[float]`, *optional*): statistics of the raw latents, per channel; the network
             sees latents with mean 0 and standard deviation σ_data. Default: those of sd-vae-ft-mse.
@@ -69,6 +71,39 @@ class EDM2Pipeline(DiffusionPipeline):
                     f"has {len(latents_mean)} values and latents_std {len(latents_std)}; pass one value per channel."
                 )
         self.register_to_config(latents_mean=latents_mean, latents_std=latents_std)
+
+    # Set by the package: run folders belong to training, and this file alone knows nothing of them.
+    _open_run: Callable[..., "EDM2Pipeline"] | None = None
+
+    @classmethod
+    def from_run(
+        cls,
+        run_dir: str | os.PathLike,
+        sigma_rel: float | None = None,
+        nimg: int | None = None,
+        guide: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "EDM2Pipeline":
+        """The pipeline of a run folder, with the EMA length and the moment of your choice (EDM2 Section 3.2).
+
+        What is not among the run's snapshots is reconstructed from them, and kept in its folder `posthoc`.
+
+        Args:
+            run_dir: a run folder of the training script.
+            sigma_rel (*optional*): EMA length, a fraction of the training in (0, 0.2886]. Default: the first tracked.
+            nimg (*optional*): after how many training images, one of the snapshots'. Default: the last.
+            guide (*optional*): `{"run_dir": ..., "sigma_rel": ..., "nimg": ...}`, all of them optional, of the network
+                to guide with. Without `run_dir` it is of the same run, such as an early moment of it (autoguidance,
+                arXiv 2406.02507).
+            kwargs: for `from_pretrained`, such as `torch_dtype`.
+
+        Raises:
+            ValueError: there is no such snapshot, the length is out of range, or the guide has another σ_data.
+            RuntimeError: this class is not that of the installed package.
+        """
+        if cls._open_run is None:
+            raise RuntimeError("from_run needs the package: pip install diffusers-edm2, and import diffusers_edm2.")
+        return cls._open_run(run_dir, sigma_rel, nimg, guide, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -278,6 +313,85 @@ class EDM2Pipeline(DiffusionPipeline):
             )
         return labels.expand(batch_size).to(device) if labels.ndim == 0 else labels.to(device)
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving: one folder that loads where the package is installed and, from the code it carries, where it is not
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save as Diffusers does, in safetensors, with the code files and a model card; a README.md that exists stays.
+
+        Raises:
+            ValueError: `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False would write pickles, which run code when they are loaded; leave it out."
+            )
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        upload = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
+        card = Path(save_directory, "README.md")
+        if not card.exists():
+            card.write_text(self._model_card(CARD_TITLE, "path/to/this/folder"), encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(upload.pop("repo_id", Path(save_directory).name), variant=variant, **upload)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the index and the code files that it names."""
+        for name, cls in self._carried_classes().items():
+            folder = Path(save_directory, "" if name == "_class_name" else name)
+            folder.mkdir(parents=True, exist_ok=True)
+            source = inspect.getsource(sys.modules[cls.__module__])
+            (folder / f"{_file_name(cls)}.py").write_text(source, encoding="utf-8")
+        for path in Path(save_directory).glob("*/config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if os.path.exists(str(config.get("_name_or_path", ""))):  # a folder of this machine
+                del config["_name_or_path"]
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The index, in which the classes that the folder carries go by the names of their files."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        index |= {name: [_file_name(cls), cls.__name__] for name, cls in self._carried_classes().items()}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def _carried_classes(self) -> dict[str, type]:
+        """The pipeline's class and its components', by their names in the index, as far as their code goes along."""
+        parts = {"_class_name": self, **self.components}
+        classes = {name: type(getattr(part, "_orig_mod", part)) for name, part in parts.items()}  # not the compiled one
+        # Where a class comes from this package or, through trust_remote_code, from another such folder.
+        carried = ("diffusers_edm2", "diffusers_modules")
+        return {name: cls for name, cls in classes.items() if cls.__module__.partition(".")[0] in carried}
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any):
+        """Diffusers has put the Hub's model card there, or one that says nothing, in whose place ours goes."""
+        card = Path(working_dir, "README.md")
+        if "model card has been automatically generated" in card.read_text(encoding="utf-8"):
+            card.write_text(self._model_card(repo_id.rpartition("/")[2], repo_id), encoding="utf-8")
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+
+    def _model_card(self, title: str, location: str) -> str:
+        """A README.md with what the pipeline knows of itself."""
+        sections = card_sections(self.config, self.unet.config, location)
+        return f"---\n{card_metadata()}---\n\n# {title}\n\n{generated_part(sections)}\n"
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any):
+        """Another pipeline of the same components; those in `kwargs` take the place of `pipeline`'s."""
+        # Diffusers carries over networks of exactly the annotated class, which a self-contained file cannot name.
+        expected, _ = cls._get_signature_keys(cls)
+        own = {name: part for name, part in pipeline.components.items() if name in expected}
+        return super().from_pipe(pipeline, **(own | kwargs))
+
 
 def _interval(guidance_interval: tuple[float, float] | None) -> tuple[float, float]:
     if guidance_interval is None:
@@ -293,3 +407,93 @@ def _call(unet, network_input: Tensor, t: Tensor, labels: Tensor | None) -> Tens
     """F in the type of `network_input`: the sampler's state stays float32 or better whatever a network returns."""
     labels = labels if unet.config.num_class_embeds else None
     return unet(network_input.to(unet.dtype), t, labels, return_dict=False)[0].to(network_input.dtype)
+
+
+# For loading, a component is an argument without default: plain DiffusionPipeline does not look at a pipeline's list of
+# optional ones, and would take the folder's guide or VAE in place of one that is passed, or of a None.
+_init: Any = EDM2Pipeline.__init__
+_arguments = inspect.signature(_init).parameters.values()
+_init.__signature__ = inspect.Signature(
+    [arg.replace(default=arg.empty) if arg.name in EDM2Pipeline._optional_components else arg for arg in _arguments]
+)
+
+
+def _file_name(cls: type) -> str:
+    return cls.__module__.rpartition(".")[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+
+CARD_BEGIN, CARD_END = "<!-- diffusers-edm2:begin -->", "<!-- diffusers-edm2:end -->"
+CARD_TITLE = "EDM2 pipeline"  # of a folder, which has no name of its own
+
+
+def card_metadata() -> str:
+    """YAML at the top of a model card."""
+    return "library_name: diffusers\npipeline_tag: unconditional-image-generation\ntags:\n- edm2\n"
+
+
+def card_sections(index: Mapping[str, Any], network: Mapping[str, Any], location: str) -> dict[str, str]:
+    """Markdown of the model card by heading, "" for the text before the first.
+
+    Args:
+        index, network: contents of model_index.json and unet/config.json.
+        location: Hub id or path that `from_pretrained` takes.
+    """
+    has = {name: bool((index.get(name) or [None])[0]) for name in ("guide_unet", "vae")}
+    size, channels, classes = (network[key] for key in ("sample_size", "in_channels", "num_class_embeds"))
+    sample = f"samples of {size} × {size} × {channels}"
+    if has["vae"]:
+        sample = f"images that its VAE decodes from latents of {size} × {size} × {channels}"
+    elif channels in (1, 3):
+        sample = f"{'grey' if channels == 1 else 'RGB'} images of {size} × {size} pixels"
+    labels = f"class_labels=[0, {classes - 1}], " if classes and classes > 1 else ""
+    scale = ", guidance_scale=1.5" if has["guide_unet"] else ""
+    call = f"images = pipe({labels}num_inference_steps=32{scale}).images"
+    about = (
+        f"An [EDM2](https://arxiv.org/abs/2312.02696) diffusion model for [Diffusers]({_DIFFUSERS}): {sample}, "
+        f"{f'in {classes} classes' if classes else 'without classes'}"
+        f"{', with a second network that guides it' if has['guide_unet'] else ''}. "
+        "The weights are safetensors; no pickle is among them."
+    )
+    use = f"""With the package `diffusers-edm2` installed, no code of this repository is run:
+
+```python
+import diffusers_edm2  # makes the classes known to Diffusers
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{location}")
+{call}
+```
+
+Without the package, Diffusers runs the `.py` files of this repository, which are the package's own; read them first:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{location}", trust_remote_code=True)
+{call}
+```"""
+    limits = (
+        "The model draws images like those it was trained on, with their gaps and biases, and some that no "
+        "training image would pass for. It takes no text, has no safety filter, and was made for one size of image. "
+        "Figures hold for the settings they were measured with."
+    )
+    return {"": about, "Use": use, "Limits": limits, "Citation": f"```bibtex\n{_BIBTEX}```"}
+
+
+def generated_part(sections: Mapping[str, str]) -> str:
+    """The sections between two marks, so that they can be written anew and what people wrote around them stays."""
+    parts = [f"## {heading}\n\n{text}" if heading else text for heading, text in sections.items()]
+    return "\n\n".join([CARD_BEGIN, *parts, CARD_END])
+
+
+_DIFFUSERS = "https://github.com/huggingface/diffusers"
+_BIBTEX = """@inproceedings{Karras2024edm2,
+  title     = {Analyzing and Improving the Training Dynamics of Diffusion Models},
+  author    = {Tero Karras and Miika Aittala and Jaakko Lehtinen and Janne Hellsten and Timo Aila and Samuli Laine},
+  booktitle = {Proc. CVPR},
+  year      = {2024},
+}
+"""

@@ -30,6 +30,11 @@ FREE_OPTIONS = frozenset(
         "dataloader_num_workers",
         "cache_dir",
         "dry_run",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_token",
+        "hub_strategy",
     )
 )
 
@@ -92,7 +97,9 @@ OPTIONS: tuple[Group, ...] = (
             Option("random_flip", parse_bool, False, "mirror half of the images, left to right"),
             Option("skip_bad_images", parse_bool, False, "leave out images that cannot be used, count and list them, instead of stopping"),
             Option("latents", parse_bool, None, "whether the data set holds stored VAE latents (default: as found)"),
-            Option("pretrained_vae_model_name_or_path", str, None, "AutoencoderKL, Hub id or folder, that decodes latents for sample grids and the saved pipeline", "NAME"),
+            Option("pretrained_vae_model_name_or_path", str, None, "AutoencoderKL, Hub id or folder (or a pipeline with one), that decodes latents for sample grids and the saved pipeline", "NAME"),
+            Option("latents_mean", parse_float_list, None, "mean of each raw channel of stored latents, to bring them to mean 0 (default: as noted in the data set, or that of sd-vae-ft-mse on ImageNet)", "X,..."),
+            Option("latents_std", parse_float_list, None, "standard deviation of each raw channel, to bring it to --sigma_data (default: as for --latents_mean)", "X,..."),
             Option("dataloader_num_workers", int, 2, "processes that read images, per device; 0 reads in the training process", "N"),
         ),
     ),
@@ -155,6 +162,16 @@ OPTIONS: tuple[Group, ...] = (
             Option("resume_from_checkpoint", str, "latest", "latest (if there is one), the number of images of a checkpoint of this run, or a path; to start anew, give another --output_dir", "WHICH"),
             Option("report_to", str, "tensorboard", "tracker: tensorboard, wandb, another that accelerate knows, or none", "NAME"),
             Option("num_inference_steps", int, 32, "sampling steps for the grids", "N"),
+        ),
+    ),
+    (
+        "Hugging Face Hub",
+        (
+            Option("push_to_hub", parse_bool, False, "push the pipeline with its model card to the Hub, in the background; a failing network never stops the training"),
+            Option("hub_model_id", str, None, "repository: name, or namespace/name (default: the name of --output_dir, in your namespace)", "ID"),
+            Option("hub_private_repo", parse_bool, False, "make a new repository private"),
+            Option("hub_token", str, None, "token that may write; better set HF_TOKEN or log in with hf auth login: command lines are seen by others (default: from there)", "TOKEN"),
+            Option("hub_strategy", str, "end", "push once the training is done, or every snapshot", None, ("end", "snapshots")),
         ),
     ),
 )  # fmt: skip
@@ -290,6 +307,12 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"--preset {options['preset']} needs images: name them with --dataset_name or --train_data_dir."
         )
+    mean, std = options["latents_mean"], options["latents_std"]
+    if (mean is None) != (std is None) or (std and min(std) <= 0):
+        raise ValueError(
+            f"--latents_mean {_show(mean)} and --latents_std {_show(std)} must be given together, with deviations "
+            "greater than 0."
+        )
     if options["center_crop"] and options["dhariwal_crop"]:
         raise ValueError("--center_crop and --dhariwal_crop exclude each other; give one.")
     positive = ("duration", "status_every", "sigma_data", "P_std", "num_inference_steps")
@@ -310,11 +333,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         if options[name] is not None and options[name] < 0:
             raise ValueError(f"--{name} {options[name]} must not be negative.")
     lengths = options["ema_sigma_rel"]
-    names = {f"{s:.3f}" for s in lengths}  # as in the names of snapshots
-    if not lengths or len(names) < len(lengths) or not all(0 < s < 12**-0.5 for s in lengths):
+    if not lengths or len(set(lengths)) < len(lengths) or not all(0 < s < 12**-0.5 for s in lengths):
         raise ValueError(
-            f"--ema_sigma_rel {_show(lengths)} must be one or more lengths in (0, 0.2886], fractions of the training, "
-            "that differ within three decimals; 0.05,0.10 is the papers' choice."
+            f"--ema_sigma_rel {_show(lengths)} must be one or more different lengths in (0, 0.2886], fractions of the "
+            "training; 0.05,0.10 is the papers' choice."
         )
 
 

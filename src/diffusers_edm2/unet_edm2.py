@@ -371,7 +371,8 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def normalize_weights(self) -> None:
         """Forced weight normalisation: replace each learned layer's weight by normalize(weight) (EDM2 eq. 66)."""
-        weights = [module.weight for module in self.modules() if isinstance(module, (MPConv2d, MPLinear))]
+        # By torch's classes: loaded as remote code a second time, this file replaces its own under a living network.
+        weights = [module.weight for module in self.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         # Not copy_: compiled by inductor, copies into convolution weights were lost and their gradients wrong.
         torch._foreach_copy_(weights, [normalize(weight) for weight in weights])
 
@@ -430,7 +431,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin):
         x = torch.cat([sample, torch.ones_like(sample[:, :1])], dim=1)
         skips = []
         for layer in self.enc.values():
-            x = self._run(layer, x, emb) if isinstance(layer, EDM2Block) else layer(x)
+            x = layer(x) if isinstance(layer, nn.Conv2d) else self._run(layer, x, emb)
             skips.append(x)
         for name, layer in self.dec.items():
             if "block" in name:
