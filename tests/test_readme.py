@@ -1,5 +1,6 @@
 """What the README shows works: Python blocks run, commands have options that exist, links lead somewhere."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -29,10 +30,11 @@ def run(code: str, folder: Path) -> None:
 def test_sampling_blocks_run(tmp_path):
     unet = active_unet(sample_size=8, in_channels=1, attention_resolutions=(4,))
     EDM2Pipeline(unet, EDM2HeunScheduler()).save_pretrained(tmp_path / "runs/digits/pipeline")
-    unet.save_pretrained(tmp_path / "runs/digits/snapshots/unet-000065536-0.100")
+    for name in ("unet-000016384-0.100", "unet-000131072-0.150"):
+        unet.save_pretrained(tmp_path / "runs/digits/snapshots" / name)
     blocks = python_blocks("Sample")
     assert len(blocks) == 3
-    checks = "\nassert len(images) == 1 and images[0].size == (8, 8) and pipe.guide_unet is guide\n"
+    checks = "\nassert len(images) == 2 and images[0].size == (8, 8) and pipe.guide_unet is guide\n"
     run("\n".join(blocks) + checks, tmp_path)
 
 
@@ -46,13 +48,29 @@ def test_ema_block_runs(tmp_path):
     run(before + block + "\nassert ema.nimg == 128", tmp_path)
 
 
-def test_commands_have_options_that_exist():
-    commands = re.findall(r"^    (accelerate launch training/\S+(?:.*\\\n)*.*)$", README, flags=re.MULTILINE)
-    assert len(commands) >= 3
-    for command in commands:
-        words = shlex.split(command.replace("\\\n", " "), comments=True)
-        assert (ROOT / words[2]).is_file()
-        assert vars(build_parser().parse_args(words[3:]))
+def commands() -> list[list[str]]:
+    """The words of each command that runs one of our scripts, from the script's name on."""
+    found = re.findall(
+        r"^    (?:accelerate launch|python) ((?:training|pipelines)/\S+\.py(?:.*\\\n)*.*)$", README, flags=re.MULTILINE
+    )
+    return [shlex.split(command.replace("\\\n", " "), comments=True) for command in found]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_have_options_that_exist(words):
+    spec = importlib.util.spec_from_file_location("command", ROOT / words[0])
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    parser = build_parser() if words[0] == "training/train_edm2.py" else script.build_parser()
+    assert vars(parser.parse_args(words[1:]))
+
+
+def test_every_command_is_shown():
+    scripts = {
+        str(path.relative_to(ROOT)) for folder in ("training", "pipelines") for path in (ROOT / folder).glob("*.py")
+    }
+    assert len(scripts) >= 4
+    assert {words[0] for words in commands()} == scripts
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
