@@ -365,6 +365,7 @@ def encode_shards(job: Job, state: PartialState, missing: Sequence[int]) -> None
         while state.is_main_process and writer.missing():
             time.sleep(0.2)
             progress.update(writer.images_written() - progress.n)
+        progress.update(writer.images_written() - progress.n)  # the others may have ended first
 
 
 def add_batch(job: Job, shard: Any, record: dict[str, Any], items: list[dict[str, Any]], device: torch.device) -> None:
