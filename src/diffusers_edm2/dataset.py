@@ -354,7 +354,7 @@ class HuggingFaceSource(ImageSource):
         self.column, self.is_latent = image_column, image_column in latents
         self.rows = rows.select_columns([image_column])
         if self.is_latent:
-            self.rows = self.rows.with_format("numpy")
+            self.rows = self.rows.with_format("arrow")  # its "numpy" fails beside torchvision, up to 4.7
             self._take_statistics(_json_object(rows.info.description), f"The description of {self.title}")
         else:
             self.mode = features[image_column].mode
@@ -405,6 +405,8 @@ class HuggingFaceSource(ImageSource):
 
     def read(self, index: int) -> np.ndarray:
         value = self.rows[index][self.column]
+        if self.is_latent:
+            value = None if value.null_count else value.chunk(0).to_numpy(zero_copy_only=False)[0]
         if value is None:
             raise BadImageError(f"{self.name(index)} has no image.")
         if self.is_latent:
