@@ -20,7 +20,7 @@ def features(images: Tensor) -> np.ndarray:
         images (`Tensor` [B,1,8,8], uint8).
     """
     classifier = trained_classifier()
-    return np.maximum(_pixels(images.numpy()) @ classifier.coefs_[0] + classifier.intercepts_[0], 0)
+    return np.maximum(_pixels(images.cpu().numpy()) @ classifier.coefs_[0] + classifier.intercepts_[0], 0)
 
 
 @functools.cache

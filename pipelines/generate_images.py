@@ -45,7 +45,7 @@ from diffusers_edm2.files import atomic_file
 from diffusers_edm2.grid import image_grid
 from diffusers_edm2.image_folder import CLASS_RULES, ImageFolder, Numbering, fingerprint, parse_seeds, public
 from diffusers_edm2.presets import parse_images
-from diffusers_edm2.snapshots import SnapshotError, find_networks
+from diffusers_edm2.snapshots import SnapshotError, find_networks, run_sigma_data
 
 SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "heun": (EDM2HeunScheduler, {}),
@@ -262,7 +262,7 @@ def build_pipeline(args: Namespace, device: torch.device) -> EDM2Pipeline:
             "EDM2Pipeline.from_pretrained(..., vae=...), and save it with save_pretrained."
         )
     if guide and not (is_run(guide) and is_run(args.model)):
-        pipeline.register_modules(guide_unet=load_guide(guide, args, **dtype))
+        pipeline.register_modules(guide_unet=load_guide(guide, args, pipeline.scheduler.config.sigma_data, **dtype))
     pipeline.scheduler = build_scheduler(args, pipeline.scheduler)
     return pipeline
 
@@ -281,21 +281,29 @@ def check_guide(args: Namespace) -> str | None:
     return (args.guide or args.model) if given and given != ["guidance_interval"] else None
 
 
-def load_guide(source: str, args: Namespace, **options: Any) -> nn.Module:
-    """The guiding network: of a run folder, a pipeline, or a network by itself."""
+def load_guide(source: str, args: Namespace, sigma_data: float, **options: Any) -> nn.Module:
+    """The guiding network: of a run folder, a pipeline, or a network by itself, which does not tell its σ_data."""
     if is_run(source):
+        check_sigma_data(source, run_sigma_data(Path(source)), sigma_data)
         (folder,) = find_networks(Path(source), [(args.guide_sigma_rel, args.guide_nimg)])
         return load(EDM2UNet2DModel, str(folder), args, **options)
     refuse(args, ("guide_sigma_rel", "guide_nimg"), f"chooses a network of a run folder, and {source} is none")
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         return load(EDM2UNet2DModel, source, args, **options)
     try:
-        return load(DiffusionPipeline, source, args, **options).unet
+        pipeline = load(DiffusionPipeline, source, args, **options)
     except ValueError as no_pipeline:
         try:
             return load(EDM2UNet2DModel, source, args, **options)
         except ValueError:
             raise no_pipeline from None
+    check_sigma_data(source, pipeline.scheduler.config.sigma_data, sigma_data)
+    return pipeline.unet
+
+
+def check_sigma_data(guide: str, found: float, expected: float) -> None:
+    if found != expected:
+        raise ValueError(f"--guide {guide} has sigma_data={found}, and the model {expected}; a guide shares it.")
 
 
 def load(cls: Any, source: str, args: Namespace, **options: Any) -> Any:
@@ -309,7 +317,7 @@ def load(cls: Any, source: str, args: Namespace, **options: Any) -> Any:
 
 
 def is_run(source: str) -> bool:
-    return (Path(source) / "config.json").is_file() and (Path(source) / "snapshots").is_dir()
+    return (Path(source) / "snapshots").is_dir()
 
 
 def refuse(args: Namespace, names: Sequence[str], reason: str) -> None:

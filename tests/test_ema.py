@@ -282,3 +282,23 @@ def test_lists_of_lengths(text, lengths):
 def test_lists_of_lengths_that_are_none(text, message):
     with pytest.raises(ValueError, match=message):
         parse_sigma_rel(text)
+
+
+def test_a_module_that_does_not_train_and_one_with_extra_state():
+    class WithExtraState(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            assert state == {"version": 3}
+
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    ema = PowerFunctionEMA(frozen)
+    frozen.weight.fill_(7)
+    ema.update(16)
+    assert torch.equal(ema.averaged(0.05)["weight"], frozen.weight)
+    module, copy = WithExtraState(2, 2), WithExtraState(2, 2)
+    ema = PowerFunctionEMA(module)
+    ema.update(16)
+    ema.copy_to(copy, 0.05)
+    assert torch.equal(copy.weight, ema.averaged(0.05)["weight"]) and ema.averaged(0.05).keys() == {"weight", "bias"}

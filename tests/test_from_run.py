@@ -1,5 +1,8 @@
 """EDM2Pipeline.from_run on a tiny run of digits."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +49,39 @@ def test_the_guide_may_be_of_another_run(run_dir, tmp_path):
     pipe = EDM2Pipeline.from_run(run_dir, guide={"run_dir": other, "nimg": 160})
     assert same_weights(pipe.unet, run_dir / "snapshots" / snapshot_name(320, 0.05))
     assert same_weights(pipe.guide_unet, other / "snapshots" / snapshot_name(160, 0.05))
+
+
+def test_a_training_that_is_writing_its_snapshots_counts_up_to_the_last_whole_time(run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("posthoc"))
+    late = copy / "snapshots" / snapshot_name(320, 0.10)
+    late.rename(tmp_path / "late")
+    assert same_weights(EDM2Pipeline.from_run(copy).unet, copy / "snapshots" / snapshot_name(240, 0.05))
+    assert same_weights(EDM2Pipeline.from_run(copy, 0.05, 320).unet, copy / "snapshots" / snapshot_name(320, 0.05))
+    with pytest.raises(ValueError, match="nimg=320: there is no snapshot of this time"):
+        EDM2Pipeline.from_run(copy, 0.08, 320)
+    (tmp_path / "late").rename(late)
+    expected = EDM2Pipeline.from_run(run_dir, 0.08).unet.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in EDM2Pipeline.from_run(copy, 0.08).unet.state_dict().items())
+
+
+def test_snapshots_that_are_written_anew_are_reconstructed_from_anew(run_dir, tmp_path):
+    copy, other = tmp_path / "run", train(tmp_path / "other", "--snapshot_every", "80", "--dropout", "0.2").output_dir
+    shutil.copytree(run_dir, copy)
+    before = EDM2Pipeline.from_run(copy, 0.08).unet.state_dict()
+    shutil.rmtree(copy / "snapshots")
+    shutil.copytree(other / "snapshots", copy / "snapshots", copy_function=shutil.copy)
+    for path in (copy / "snapshots").iterdir():
+        os.utime(path)  # copytree gives folders the times of the original
+        config = json.loads((path / "config.json").read_text()) | {"dropout": 0.0}
+        (path / "config.json").write_text(json.dumps(config))
+    after = EDM2Pipeline.from_run(copy, 0.08).unet.state_dict()
+    assert not torch.equal(before["out_conv.weight"], after["out_conv.weight"])
+
+
+def test_a_type_for_each_component(run_dir):
+    pipe = EDM2Pipeline.from_run(run_dir, guide={"nimg": 160}, torch_dtype={"unet": torch.bfloat16, "default": None})
+    assert (pipe.unet.dtype, pipe.guide_unet.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_what_cannot_work_is_refused(run_dir, tmp_path):

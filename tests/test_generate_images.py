@@ -489,6 +489,18 @@ def test_a_run_and_an_early_moment_of_it(tmp_path):
     draw(tmp_path / "mixed", tmp_path / "guided-pipeline", text)
     assert pictures(tmp_path / "mixed") == pictures(tmp_path / "guided")
     assert settings(tmp_path / "mixed") == settings(tmp_path / "guided")
+    # As a converted run: snapshots and a pipeline, but no options of a training.
+    (run / "config.json").unlink()
+    draw(tmp_path / "converted", run, guided)
+    assert pictures(tmp_path / "converted") == pictures(tmp_path / "guided")
+
+
+def test_a_guide_shares_sigma_data(model, tmp_path):
+    EDM2Pipeline(tiny_unet(), EDM2HeunScheduler(sigma_data=0.25)).save_pretrained(tmp_path / "run" / "pipeline")
+    tiny_unet().save_pretrained(tmp_path / "run" / "snapshots" / "unet-000000320-0.050")
+    for guide in (tmp_path / "run" / "pipeline", tmp_path / "run"):
+        text = fail(tmp_path / "out", model, f"--guidance_scale 2 --guide {guide}")
+        assert f"error: --guide {guide} has sigma_data=0.25, and the model 0.5; a guide shares it." in text
 
 
 @pytest.mark.slow

@@ -144,10 +144,10 @@ def test_pipeline_without_a_pipeline_to_imitate(run, tmp_path, command, caplog):
 def test_plot(run, tmp_path, command):
     """Lines of several colours on white."""
     options = ["--sigma_rel", "0.03,0.05,...,0.15", "--output_dir", tmp_path / "out"]
-    assert f"The plot of the profiles is in {tmp_path / 'p.png'}" in command(
-        run, *options, "--plot", tmp_path / "p.png"
+    assert f"The plot of the profiles is in {tmp_path / 'profiles'}" in command(
+        run, *options, "--plot", tmp_path / "profiles"
     )
-    with Image.open(tmp_path / "p.png") as image:
+    with Image.open(tmp_path / "profiles") as image:
         assert image.format == "PNG" and image.width > 600
         pixels = np.asarray(image.convert("HSV")).reshape(-1, 3)
     assert len(np.unique(pixels[pixels[:, 1] > 100, 0] // 16)) >= 4  # hues

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from diffusers_edm2 import EDM2Pipeline
+from diffusers_edm2.checkpoint import lock_run
 from diffusers_edm2.dataset import DigitsSource
 from diffusers_edm2.metrics import frechet_distance
 from training_runs import ON_CPU, train
@@ -143,11 +144,78 @@ def test_two_processes_find_the_same(run_dir, sweep, tmp_path):
         assert two[point] == pytest.approx(distance, rel=1e-3)
 
 
-def test_a_network_with_label_dropout_guides_itself(sweep, run_dir, tmp_path):
-    run = train(tmp_path / "run", "--label_dropout", "0.2").output_dir
-    options = ["--sigma_rel", "0.05", "--guidance_scale", "1,3", "--output_dir", str(tmp_path / "out")]
-    sweep([str(run), *OPTIONS, *options])
-    assert len(set(distances(tmp_path / "out").values())) == 2
+def test_guided_by_itself_and_guided_by_another_are_told_apart(sweep, tmp_path):
+    run, out = train(tmp_path / "run", "--label_dropout", "0.2").output_dir, tmp_path / "out"
+    options = [str(run), *OPTIONS, "--sigma_rel", "0.05", "--output_dir", str(out), "--guidance_scale"]
+    sweep([*options, "1"])
+    sweep([*options, "3"])
+    assert distances(out).keys() == {("0.05", "", "1.0"), ("0.05", "", "3.0")}
+    assert len(set(distances(out).values())) == 2
+    with pytest.raises(SystemExit, match="other settings:\n  guide_nimg: was None, now 160"):
+        sweep([*options, "3", "--guide_nimg", "160"])
+
+
+def test_the_best_point_keeps_its_guide(run_dir, sweep, tmp_path):
+    """Also after a second call that asks for no guidance."""
+    arguments = [str(run_dir), *OPTIONS, "--output_dir", str(tmp_path / "out")]
+    guided = [*arguments, "--sigma_rel", "0.05", "--guidance_scale", "1.01", "--guide_nimg", "160"]
+    sweep([*guided, "--guide_sigma_rel", "0.12"])
+    sweep([*arguments, "--sigma_rel", "0.2", "--save_best", str(tmp_path / "saved")])
+    rows, best = rows_of(tmp_path / "out"), json.loads((tmp_path / "out" / "best.json").read_text())
+    (row,) = [row for row in rows if row["best"]]
+    assert len(rows) == 2 and best["guidance_scale"] == float(row["guidance_scale"])
+    assert row["guide_sigma_rel"] == "0.12"  # the longer average is worse, so early in a training
+    assert best["guide"] == {"run_dir": str(run_dir), "sigma_rel": 0.12, "nimg": 160}
+    assert EDM2Pipeline.from_pretrained(tmp_path / "saved").guide_unet is not None
+
+
+def test_a_run_that_goes_on_does_not_change_the_moment(sweep, tmp_path):
+    run = train(tmp_path / "run", "--duration", "160").output_dir
+    (tmp_path / "my_metric.py").write_text(METRIC)
+    arguments = [str(run), *OPTIONS, "--output_dir", str(tmp_path / "out"), "--sigma_rel"]
+    sweep([*arguments, "0.05"])
+    assert json.loads((tmp_path / "out" / "best.json").read_text())["nimg"] == 160
+    train(run, "--duration", "320")
+    with pytest.raises(SystemExit, match="other settings:\n  nimg: was 160, now 320"):
+        sweep([*arguments, "0.05,0.1"])
+    sweep([*arguments, "0.05,0.1", "--nimg", "160"])
+    assert len(rows_of(tmp_path / "out")) == 2
+
+
+def test_a_first_attempt_that_failed_leaves_no_settings(run_dir, sweep, tmp_path):
+    arguments = [str(run_dir), *OPTIONS, "--sigma_rel", "0.05", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="returned features of shape"):
+        sweep([*arguments, "--metric", "my_metric:scalar"])
+    sweep([*arguments, "--num_real_images", "20"])
+    few = distances(tmp_path)
+    (tmp_path / "sweep.csv").unlink()
+    sweep(arguments)  # nor are the features of other real images taken
+    assert distances(tmp_path) != few
+    with lock_run(tmp_path / "locked"):
+        command = [sys.executable, str(SCRIPT), *arguments[:-1], str(tmp_path / "locked")]
+        result = subprocess.run(command, cwd=run_dir.parent, env=os.environ | ON_CPU, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "sweep.py: error: " in result.stderr and "is in use by process" in result.stderr
+
+
+def test_images_that_are_not_finite_are_the_worst(run_dir, sweep, tmp_path):
+    options = ["--sigma_rel", "0.05", "--guidance_scale", "1,1e38", "--guide_nimg", "160"]
+    sweep([str(run_dir), *OPTIONS, *options, "--output_dir", str(tmp_path)])
+    found = distances(tmp_path)
+    assert found[("0.05", "0.05", "1e+38")] == float("inf") > found[("0.05", "", "1.0")]
+
+
+def test_features_of_digits():
+    spec = importlib.util.spec_from_file_location("digit_features", SCRIPT.parents[1] / "examples/digit_features.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    digits = DigitsSource("test")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features = module.features(torch.from_numpy(digits.images).permute(0, 3, 1, 2).to(device))
+    assert features.shape == (500, 32) and features.min() == 0
+    classifier = module.trained_classifier()
+    classes = (features @ classifier.coefs_[1] + classifier.intercepts_[1]).argmax(1)
+    assert (classes == np.asarray(digits.labels)).mean() > 0.95
 
 
 @pytest.mark.parametrize(

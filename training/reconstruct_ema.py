@@ -160,7 +160,7 @@ def plot_profiles(snapshots: list[Snapshot], targets: list[tuple[float, int]], p
     axes.set_ylabel("weight in the average (1: as in the mean)")
     axes.legend(title="sigma_rel: broad the wanted,\nthin the built profile", ncols=2 if len(targets) > 8 else 1)
     with atomic_file(path) as file:
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, dpi=120, format="png")
 
 
 if __name__ == "__main__":

@@ -15,31 +15,36 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_edm2 import EDM2Pipeline, EDM2UNet2DModel
-from diffusers_edm2.checkpoint import lock_run
+from diffusers_edm2.checkpoint import CheckpointError, lock_run
 from diffusers_edm2.dataset import TrainingImages, open_source
 from diffusers_edm2.ema import parse_sigma_rel
 from diffusers_edm2.files import atomic_file, atomic_folder, clean_leftovers, write_atomic
 from diffusers_edm2.metrics import FeatureMoments, frechet_distance
 from diffusers_edm2.presets import parse_images
-from diffusers_edm2.snapshots import SnapshotError, find_networks, list_snapshots, run_options
+from diffusers_edm2.snapshots import SnapshotError, find_networks, newest_network, run_options, run_sigma_data
 
 COLUMNS = ("sigma_rel", "guide_sigma_rel", "guidance_scale", "frechet_distance", "seconds", "best")
 # They choose the points of the search, not how a point is measured: a sweep may go on with others.
 FREE = {"run_dir", "output_dir", "sigma_rel", "guide_sigma_rel", "guidance_scale", "batch_size", "save_best"}
 
 
+GUIDE = ("guide_run", "guide_nimg", "guidance_interval")
+
+
 class Point(NamedTuple):
-    """One combination; without guidance, it has no guide."""
+    """One combination; `guide_sigma_rel` is None without guidance, and for a network that guides itself."""
 
     sigma_rel: float
     guide_sigma_rel: float | None
@@ -130,20 +135,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         sweep(args)
-    except (ValueError, OSError, SnapshotError, ImportError) as error:
+    except (ValueError, OSError, SnapshotError, CheckpointError, ImportError) as error:
         raise SystemExit(f"sweep.py: error: {error}") from error
 
 
 def sweep(args: argparse.Namespace) -> None:
-    accelerator = Accelerator()
+    # The others wait while the main process reconstructs, and for the slowest at each point.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))])
+    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
     is_main, output_dir = accelerator.is_main_process, args.output_dir or args.run_dir / "sweep"
     if args.save_best and args.save_best.exists():
         raise ValueError(f"--save_best {args.save_best} exists already; give another folder.")
     features_of = load_metric(args.metric)
     guide_run, points = plan(args)
+    # Fixed now, by one process: a run that goes on gets newer snapshots meanwhile.
+    args.nimg, args.guide_nimg, points = broadcast_object_list([args.nimg, args.guide_nimg, points])
     settings = measured_settings(args, guide_run)
     with lock_run(output_dir) if is_main else nullcontext():
-        table = Table(output_dir, settings, is_main)
+        table = Table(output_dir, settings, points, is_main)
         accelerator.wait_for_everyone()  # all have read the table before its first row is added
         todo = [point for point in points if point not in table.rows]
 
@@ -164,13 +174,13 @@ def sweep(args: argparse.Namespace) -> None:
                 load_networks(pipe, path, guide_path if point.guidance_scale != 1 else None, args, accelerator.device)
                 bar.set_description(describe(point))
                 drawn = drawn_moments(args, pipe, point, features_of, accelerator, bar.update)
-                distance = frechet_distance(drawn, real)
+                distance = frechet_distance(drawn, real) if np.isfinite(drawn.sums).all() else math.inf
                 if is_main:
                     table.add(point, distance, time.perf_counter() - started)
                     bar.write(f"{describe(point)}: Fréchet distance {distance:.5g}")
             bar.close()
         if is_main:
-            finish(args, output_dir, table, points, guide_run)
+            finish(args, output_dir, table)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -199,7 +209,7 @@ def plan(args: argparse.Namespace) -> tuple[Path | None, list[Point]]:
     for name in ("num_images", "num_inference_steps", "batch_size", "num_real_images"):
         if (value := getattr(args, name)) is not None and value < (2 if "images" in name else 1):
             raise ValueError(f"--{name} {value} is too few; give {2 if 'images' in name else 1} or more.")
-    list_snapshots(args.run_dir)
+    args.nimg = args.nimg or newest_network(args.run_dir)[1]
     has_guide = any(value is not None for value in (args.guide_run, args.guide_sigma_rel, args.guide_nimg))
     weights = [w for w in args.guidance_scale if w != 1]
     if has_guide and not weights:
@@ -210,12 +220,13 @@ def plan(args: argparse.Namespace) -> tuple[Path | None, list[Point]]:
             "moment of the same run, or --guide_run; or a run trained with --label_dropout."
         )
     guide_run = (args.guide_run or args.run_dir) if has_guide else None
+    lengths: Sequence[float | None] = (None,)  # guided by itself
     if guide_run:
-        list_snapshots(guide_run)
-        scales = [run_options(folder).get("sigma_data", 0.5) for folder in (guide_run, args.run_dir)]
+        first, newest = newest_network(guide_run)
+        lengths, args.guide_nimg = args.guide_sigma_rel or (first,), args.guide_nimg or newest
+        scales = [run_sigma_data(folder) for folder in (guide_run, args.run_dir)]
         if scales[0] != scales[1]:
             raise ValueError(f"--guide_run {guide_run} has sigma_data={scales[0]}, {args.run_dir} {scales[1]}.")
-    lengths = args.guide_sigma_rel or (None,)
     points = [
         Point(sigma_rel, guide if w != 1 else None, w)
         for w in args.guidance_scale
@@ -229,8 +240,7 @@ def measured_settings(args: argparse.Namespace, guide_run: Path | None) -> dict[
     """What makes the figures of one table comparable."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     settings["guide_run"] = str(guide_run) if guide_run not in (None, args.run_dir) else None
-    newest = list_snapshots(args.run_dir)[-1].nimg
-    return json.loads(json.dumps(settings | {"nimg": args.nimg or newest}))
+    return json.loads(json.dumps(settings, default=str))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,7 +283,10 @@ def drawn_moments(
             guidance_interval=args.guidance_interval,
             output_type="pt",
         ).images
-        moments = add_features(moments, features_of, (images * 255).round().to(torch.uint8))
+        is_finite = bool(images.isfinite().all())
+        moments = add_features(moments, features_of, (images.nan_to_num() * 255).round().to(torch.uint8))
+        if not is_finite:  # too strong a guidance, or too coarse a type: the worst there is, and the search goes on
+            moments.sums[0] = math.nan
         progress(len(numbers) * accelerator.num_processes)
     return reduced(moments, accelerator)
 
@@ -281,12 +294,15 @@ def drawn_moments(
 def real_moments(args, pipe, features_of, accelerator: Accelerator, output_dir: Path) -> FeatureMoments:
     """Features of the real images; computed once, and kept for a search that goes on."""
     file = output_dir / "real_images.npz"
+    images = open_real_images(args, pipe)
+    names = ("metric", "dataset_name", "train_data_dir", "dataset_split", "num_real_images")
+    key = json.dumps([images.source.title, len(images), *images.image_shape, *(getattr(args, name) for name in names)])
     if file.exists():
         with np.load(file) as kept:
-            moments = FeatureMoments(int(kept["dimension"]))
-            moments.sums = kept["sums"]
-            return moments
-    images = open_real_images(args, pipe)
+            if str(kept["key"]) == key:
+                moments = FeatureMoments(int(kept["dimension"]))
+                moments.sums = kept["sums"]
+                return moments
     count = min(len(images), args.num_real_images or len(images))
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     moments = None
@@ -296,7 +312,7 @@ def real_moments(args, pipe, features_of, accelerator: Accelerator, output_dir: 
     moments = reduced(moments, accelerator)
     if accelerator.is_main_process:
         with atomic_file(file) as temporary:
-            np.savez(temporary, dimension=moments.dimension, sums=moments.sums)
+            np.savez(temporary, dimension=moments.dimension, sums=moments.sums, key=key)
     return moments
 
 
@@ -333,7 +349,8 @@ def open_real_images(args: argparse.Namespace, pipe: EDM2Pipeline) -> TrainingIm
 def add_features(
     moments: FeatureMoments | None, features_of: Callable[[Tensor], Any], images: Tensor
 ) -> FeatureMoments:
-    features = features_of(images)
+    with torch.inference_mode():
+        features = features_of(images)
     features = features.detach().double().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
     if features.ndim != 2 or len(features) != len(images):
         raise ValueError(
@@ -363,27 +380,29 @@ def reduced(moments: FeatureMoments | None, accelerator: Accelerator) -> Feature
 class Table:
     """`sweep.csv`, on the disk after every row, and `sweep.json`, the settings that all rows share."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], is_main: bool):
+    def __init__(self, folder: Path, settings: dict[str, Any], planned: Sequence[Point], is_main: bool):
         self.path = folder / "sweep.csv"
         if is_main:
             clean_leftovers(folder)
         self.rows: dict[Point, tuple[float, float]] = {}
-        file = folder / "sweep.json"
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            names = sorted(before.keys() | settings.keys())
-            different = [n for n in names if before.get(n) != settings.get(n)]
-            if different:
-                lines = "\n  ".join(f"{n}: was {before.get(n)}, now {settings.get(n)}" for n in different)
-                raise ValueError(f"{folder} is a sweep with other settings:\n  {lines}\nGive another --output_dir.")
-        elif is_main:
-            write_atomic(file, json.dumps(settings, indent=2) + "\n")
         if self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as lines:
                 for row in csv.DictReader(lines):
                     guide = float(row["guide_sigma_rel"]) if row["guide_sigma_rel"] else None
                     point = Point(float(row["sigma_rel"]), guide, float(row["guidance_scale"]))
                     self.rows[point] = float(row["frechet_distance"]), float(row["seconds"])
+        file = folder / "sweep.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() and self.rows else {}
+        # Rows without guidance are the same with any guide.
+        is_guided = [any(point.guidance_scale != 1 for point in points) for points in (self.rows, planned)]
+        names = [name for name in settings if all(is_guided) or name not in GUIDE]
+        different = [name for name in names if before and before.get(name) != settings[name]]
+        if different:
+            lines = "\n  ".join(f"{n}: was {before.get(n)}, now {settings[n]}" for n in different)
+            raise ValueError(f"{folder} is a sweep with other settings:\n  {lines}\nGive another --output_dir.")
+        if is_main:
+            kept = {name: before[name] for name in GUIDE} if is_guided[0] else {}
+            write_atomic(file, json.dumps(settings | kept, indent=2) + "\n")
 
     @property
     def best(self) -> Point:
@@ -400,22 +419,27 @@ class Table:
         write_atomic(self.path, text.getvalue())
 
 
-def finish(args: argparse.Namespace, output_dir: Path, table: Table, points: list[Point], guide_run) -> None:
+def finish(args: argparse.Namespace, output_dir: Path, table: Table) -> None:
     """The plot, the best point, and what to do with it."""
     with atomic_file(output_dir / "sweep.png") as file:
         plot(table, args.metric, file)
-    best = table.best
+    best, guide = table.best, None
     distance, _ = table.rows[best]
-    guide = None
-    if guide_run and best.guidance_scale != 1:
-        guide = {"run_dir": str(guide_run), "sigma_rel": best.guide_sigma_rel, "nimg": args.guide_nimg}
+    settings = json.loads(
+        (output_dir / "sweep.json").read_text(encoding="utf-8")
+    )  # of all rows, not of this call alone
+    if best.guide_sigma_rel is not None:
+        guide_run = settings["guide_run"] or str(args.run_dir)
+        guide = {"run_dir": guide_run, "sigma_rel": best.guide_sigma_rel, "nimg": settings["guide_nimg"]}
     network = {"sigma_rel": best.sigma_rel, "nimg": args.nimg, "guide": guide}
-    call = {"guidance_scale": best.guidance_scale, "guidance_interval": args.guidance_interval}
+    interval = settings["guidance_interval"] if best.guidance_scale != 1 else None
+    call = {"guidance_scale": best.guidance_scale, "guidance_interval": interval}
     record = {"run_dir": str(args.run_dir), **network, **call, "frechet_distance": distance, "metric": args.metric}
     write_atomic(output_dir / "best.json", json.dumps(record, indent=2) + "\n")
     print(f"\n{len(table.rows)} points in {table.path}, their plot in {output_dir / 'sweep.png'}")
     print(f"The best: {describe(best)}, Fréchet distance {distance:.5g}")
-    if best.sigma_rel in (min(p.sigma_rel for p in points), max(p.sigma_rel for p in points)) and len(points) > 1:
+    lengths = {point.sigma_rel for point in table.rows}
+    if len(lengths) > 1 and best.sigma_rel in (min(lengths), max(lengths)):
         print("It is at the end of the range of --sigma_rel: a wider range may hold a better one.")
     if args.save_best:
         pipe = EDM2Pipeline.from_run(args.run_dir, **network)

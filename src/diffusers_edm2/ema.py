@@ -67,7 +67,10 @@ class PowerFunctionEMA:
 
     def _sources(self) -> dict[str, Tensor]:
         """The module's persistent tensors; parameters as themselves, to know which of them train."""
-        return self.module.state_dict(keep_vars=True)
+        state = self.module.state_dict(keep_vars=True)
+        return {
+            name: value for name, value in state.items() if isinstance(value, Tensor)
+        }  # extra state may be anything
 
     @torch.no_grad()
     def update(self, nimg: int) -> None:
@@ -84,7 +87,8 @@ class PowerFunctionEMA:
         for sigma_rel, gamma in zip(self.sigma_rel, self.gamma, strict=True):
             track = self.tracks[sigma_rel]
             beta = ema_beta(gamma, nimg, nimg - self.nimg)
-            torch._foreach_lerp_([track[name] for name in trained], weights, 1 - beta)
+            if trained:
+                torch._foreach_lerp_([track[name] for name in trained], weights, 1 - beta)
             for name in sources.keys() - set(trained):
                 track[name].copy_(sources[name])
         self.nimg = nimg
@@ -97,7 +101,7 @@ class PowerFunctionEMA:
 
     def copy_to(self, module: nn.Module, sigma_rel: float) -> None:
         """Write one track's weights into `module`, a network of the same shape, in the types that it has."""
-        module.load_state_dict(self.averaged(sigma_rel))
+        module.load_state_dict({**module.state_dict(), **self.averaged(sigma_rel)})
 
     def state_dict(self) -> dict:
         """Everything that `load_state_dict` needs: {"nimg", "sigma_rel", "tracks": {σ_rel: {name: tensor}}}."""

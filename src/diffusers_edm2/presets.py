@@ -274,7 +274,7 @@ _DIGITS = _recipe(
     learning_rate=0.010,
     lr_ref_batches=250,
     lr_rampup=16 * Ki,
-    snapshot_every=16 * Ki,
+    snapshot_every=4 * Ki,
 )
 
 

@@ -29,6 +29,7 @@ from diffusers_edm2.scheduling_edm2_heun import EDM2HeunScheduler
 from diffusers_edm2.unet_edm2 import EDM2UNet2DModel
 
 CONFIG = "config.json"
+CACHE = "posthoc"
 WARN_ABOVE = 0.01  # relative distance of profiles
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -101,30 +102,58 @@ def find_networks(
     Raises:
         ValueError, SnapshotError: see `list_snapshots` and `reconstruct`.
     """
-    snapshots = list_snapshots(run_dir)
-    first, newest = _first_track(run_dir, snapshots), snapshots[-1].nimg
+    there = {(snapshot.sigma_rel, snapshot.nimg): snapshot.path for snapshot in list_snapshots(run_dir)}
+    snapshots = _complete(list_snapshots(run_dir))
+    first, newest = newest_network(run_dir)
     wanted = [(first if s is None else s, newest if n is None else n) for s, n in requests]
-    there = {(snapshot.sigma_rel, snapshot.nimg): snapshot.path for snapshot in snapshots}
-    cache = run_dir / "posthoc"
+    cache = run_dir / CACHE
     found = {(s, n): there.get((s, n), cache / snapshot_name(n, s)) for s, n in wanted}
-    if not all(path.is_dir() for path in found.values()):
+    if not all(_is_current(path, n, snapshots) for (_, n), path in found.items()):
         import fcntl  # of POSIX; the package is imported elsewhere too, to draw images
 
-        check_targets(snapshots, wanted)
+        check_targets(snapshots, [target for target in wanted if target not in there])
         make_folder(cache)
         with open(cache / ".lock", "a") as lock:
             with suppress(OSError):  # a file system without locks: whoever is later fails
                 fcntl.flock(lock, fcntl.LOCK_EX)
             clean_leftovers(cache)
-            missing = {target: path for target, path in found.items() if not path.is_dir()}
+            missing = {target: path for target, path in found.items() if not _is_current(path, target[1], snapshots)}
             if missing:
-                reconstruct(snapshots, list(missing), list(missing.values()), progress=progress)
+                targets, folders = list(missing), list(missing.values())
+                reconstruct(snapshots, targets, folders, overwrite=True, progress=progress)
     return [found[target] for target in wanted]
 
 
-def _first_track(run_dir: Path, snapshots: Sequence[Snapshot]) -> float:
-    options = run_options(run_dir)
-    return options["ema_sigma_rel"][0] if "ema_sigma_rel" in options else min(s.sigma_rel for s in snapshots)
+def _complete(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """Without a last time at which some tracks are missing: a training in progress writes them one after the other."""
+    tracks, last = {s.sigma_rel for s in snapshots}, max(s.nimg for s in snapshots)
+    before = [s for s in snapshots if s.nimg < last]
+    return list(snapshots) if tracks == {s.sigma_rel for s in snapshots if s.nimg == last} or not before else before
+
+
+def _is_current(path: Path, nimg: int, snapshots: Sequence[Snapshot]) -> bool:
+    """Whether a network is there that is no older than the snapshots behind it, which a resumed run may write anew."""
+    if not path.is_dir() or path.parent.name != CACHE:
+        return path.is_dir()
+    return path.stat().st_mtime >= max(s.path.stat().st_mtime for s in snapshots if s.nimg <= nimg)
+
+
+def newest_network(run_dir: Path) -> tuple[float, int]:
+    """(sigma_rel, nimg) of a run's first track, else the shortest there is, at the last time that has all tracks.
+
+    Raises:
+        ValueError: there is no snapshot.
+    """
+    snapshots, options = _complete(list_snapshots(run_dir)), run_options(run_dir)
+    tracks = options.get("ema_sigma_rel") or [min(s.sigma_rel for s in snapshots)]
+    return tracks[0], snapshots[-1].nimg
+
+
+def run_sigma_data(run_dir: Path) -> float:
+    """σ_data of a run: of its options, or else of its pipeline's scheduler, or else 0.5."""
+    scheduler = run_dir / "pipeline" / "scheduler" / "scheduler_config.json"
+    kept = _read_json(scheduler) if scheduler.exists() else {}
+    return run_options(run_dir).get("sigma_data", kept.get("sigma_data", 0.5))
 
 
 def run_options(run_dir: Path) -> dict:
@@ -262,7 +291,7 @@ def open_pipeline(
             raise ValueError(f"guide has the unknown keys {sorted(unknown)}; it takes run_dir, sigma_rel and nimg.")
         guide_dir = Path(guide.get("run_dir") or run_dir)
         guide_requests = [(guide.get("sigma_rel"), guide.get("nimg"))]
-        scales = [run_options(folder).get("sigma_data", 0.5) for folder in (guide_dir, run_dir)]
+        scales = [run_sigma_data(folder) for folder in (guide_dir, run_dir)]
         if scales[0] != scales[1]:
             raise ValueError(
                 f"{guide_dir} was trained with sigma_data={scales[0]}, {run_dir} with {scales[1]}; a guide shares it."
@@ -271,7 +300,12 @@ def open_pipeline(
         paths = find_networks(run_dir, requests + guide_requests)
     else:
         paths = find_networks(run_dir, requests) + find_networks(guide_dir, guide_requests)
-    networks = [EDM2UNet2DModel.from_pretrained(path, **kwargs) for path in paths]
+    # All else in kwargs is for the pipeline; a type may be given by component, as for DiffusionPipeline.
+    networks = []
+    for path, name in zip(paths, ("unet", "guide_unet"), strict=False):
+        types = {key: kwargs[key] for key in ("torch_dtype", "dtype") if key in kwargs}
+        types = {k: t.get(name, t.get("default")) if isinstance(t, Mapping) else t for k, t in types.items()}
+        networks.append(EDM2UNet2DModel.from_pretrained(path, **types))
     guide_unet = networks[1] if guide is not None else None
     with pipeline_template(run_dir) as template:
         return EDM2Pipeline.from_pretrained(template, unet=networks[0], guide_unet=guide_unet, **kwargs)
