@@ -1,9 +1,14 @@
 """What is published and what is refused, the model card, and uploads that troubles of the Hub cannot hurt."""
 
+import gzip
 import json
+import pickle
 import re
+import shlex
 import shutil
 import threading
+import time
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -23,6 +28,7 @@ from diffusers_edm2.hub import (
     push,
     read_metrics,
 )
+from diffusers_edm2.pipeline_edm2 import card_sections, generated_part
 from model_hub import READ_TOKEN, TOKEN, ModelHub, model_hub
 from test_unet_edm2 import active_unet
 
@@ -93,8 +99,78 @@ def test_one_variant_can_be_published(run):
     plain = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "guide_unet")}
     assert both.keys() - half.keys() == plain
     assert {name.replace(".safetensors", ".fp16.safetensors") for name in plain} < half.keys()
+    for pipeline, variant in ((both, None), (half, "fp16")):  # none is named where none is needed
+        card = model_card(Release(pipeline), "somebody/digits")
+        asked = re.findall(r'from_pretrained\("somebody/digits"(?:, variant="(\w+)")?[,)]', card)
+        assert asked == [variant or ""] * 2
     with pytest.raises(PublishError, match=r"guide_unet/ has no weights of variant bf16\n  unet/ has no weights of"):
         check_folder(run / "pipeline", "bf16")
+
+
+def test_a_folder_without_plain_weights_says_how_it_is_loaded(tmp_path):
+    EDM2Pipeline(active_unet(), EDM2HeunScheduler()).save_pretrained(tmp_path, variant="fp16")
+    own = (tmp_path / "README.md").read_text(encoding="utf-8")
+    published = model_card(collect(tmp_path), "x/y")
+    for card, source in ((own, "path/to/this/folder"), (published, "x/y")):
+        assert f'from_pretrained("{source}", variant="fp16")' in card
+        assert f'from_pretrained("{source}", variant="fp16", trust_remote_code=True)' in card
+
+
+@pytest.mark.parametrize("scale", [2, 1.85])
+def test_the_example_guides_as_the_folder_says(run, scale):
+    index, network = (json.loads((run / "pipeline" / n).read_text()) for n in ("model_index.json", "unet/config.json"))
+    sections = card_sections(index, network, "here", guidance_scale=scale)
+    assert sections["Use"].count(f"guidance_scale={scale})") == 2
+    (run / "pipeline" / "README.md").write_text(f"# Ours\n\n{generated_part(sections)}\n", encoding="utf-8")
+    assert model_card(release_of(run), "x/y").count(f"guidance_scale={float(scale)})") == 2
+
+
+PICKLED = pickle.dumps({"weights": [1.0]}, protocol=4)
+
+
+@pytest.mark.parametrize("name", ["a.dat", "weights", "unet/b.safetensors.old", "samples.png", "C.SAFETENSORS"])
+@pytest.mark.parametrize("form", ["plain", "zip"])
+def test_a_pickle_is_known_by_what_it_holds(run, name, form):
+    path = run / "pipeline" / name
+    if form == "plain":
+        path.write_bytes(PICKLED)
+    else:  # as torch.save writes it
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("weights/data.pkl", PICKLED)
+    with pytest.raises(PublishError) as refused:
+        check_folder(run / "pipeline")
+    assert str(refused.value).splitlines()[1:] == [f"  {name} is a pickle, which runs code when it is loaded"]
+
+
+@pytest.mark.parametrize("name", ["a.pt2", "b.h5", "c.npy", "unet/d.NPZ"])
+def test_formats_that_may_hold_pickles_are_refused(run, name):
+    (run / "pipeline" / name).write_bytes(b"")
+    with pytest.raises(PublishError, match=f"{name} may hold a pickle, which runs code when it is loaded"):
+        check_folder(run / "pipeline")
+
+
+def test_a_compressed_pickle_is_one_and_other_files_are_none(run):
+    (run / "pipeline" / "old.pkl.gz").write_bytes(gzip.compress(PICKLED))
+    with pytest.raises(PublishError, match="old.pkl.gz is a pickle"):
+        check_folder(run / "pipeline")
+    (run / "pipeline" / "old.pkl.gz").unlink()
+    with zipfile.ZipFile(run / "pipeline" / "pictures.zip", "w") as archive:
+        archive.writestr("0.png", b"picture")
+    (run / "pipeline" / "empty.txt").write_bytes(b"")
+    assert {"pictures.zip", "empty.txt"} < check_folder(run / "pipeline").keys()
+
+
+@pytest.mark.parametrize("path", ["/home/me/secret", "../vae", "~/vae", "C:\\me\\vae", "runs/digits/vae"])
+def test_paths_of_this_machine_are_refused(run, path):
+    """Our own saving leaves them out; other programs' does not."""
+    config = run / "pipeline" / "unet" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"_name_or_path": path}))
+    message = f"unet/config.json names {path}, a path of the machine it was saved on; take its _name_or_path out"
+    with pytest.raises(PublishError, match=re.escape(message)):
+        check_folder(run / "pipeline")
+    config.write_text(json.dumps(content | {"_name_or_path": "stabilityai/sd-vae-ft-mse"}))
+    assert check_folder(run / "pipeline")
 
 
 def damage(pipeline: Path, how: str) -> None:
@@ -110,6 +186,12 @@ def damage(pipeline: Path, how: str) -> None:
     elif how == "no name of a file":
         index = json.loads((pipeline / "model_index.json").read_text())
         (pipeline / "model_index.json").write_text(json.dumps(index | {"_class_name": "EDM2Pipeline"}))
+    elif how in ("no network named", "a null for a scheduler"):
+        index = json.loads((pipeline / "model_index.json").read_text())
+        index |= {"scheduler": [None, None]} if "null" in how else {}
+        (pipeline / "model_index.json").write_text(
+            json.dumps({k: v for k, v in index.items() if "null" in how or k != "unet"})
+        )
     elif how == "no weights":
         weights.unlink()
     elif how == "no component":
@@ -134,6 +216,8 @@ def damage(pipeline: Path, how: str) -> None:
         ("half a file", ["unet/diffusion_pytorch_model.safetensors is damaged or incomplete ("]),
         ("no code", ["pipeline_edm2.py is missing", "guide_unet/unet_edm2.py is missing, the code of this component"]),
         ("no name of a file", ["names EDM2Pipeline, whose code is not there; save it again as EDM2Pipeline"]),
+        ("no network named", ["model_index.json names no unet, so the pipeline is not whole; save it again"]),
+        ("a null for a scheduler", ["model_index.json names no scheduler, so the pipeline is not whole"]),
         ("no weights", ["unet/ has no weights"]),
         (
             "no component",
@@ -232,13 +316,16 @@ def test_a_saved_folder_has_a_card_and_keeps_its_own(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("dataset, shown, listed", [("cifar10", "cifar10", None), ("a/b", "a/b", ["a/b"])])
-def test_training_data_are_named_as_far_as_others_can_find_them(run, dataset, shown, listed):
+@pytest.mark.parametrize("dataset, is_hub", [("cifar10", False), ("a/b", True), ("a/b/c", False), ("/a/b", False)])
+@pytest.mark.parametrize("known", [{"dataset_is_local": False}, {"dataset_is_local": True}, {}])
+def test_training_data_are_named_as_far_as_others_can_find_them(run, dataset, is_hub, known):
+    """A folder's path does not go along, nor is it taken for a data set of the Hub, in whatever folder we are now."""
+    is_hub = is_hub and known == {"dataset_is_local": False}
     for options in ({"dataset_name": dataset}, {"train_data_dir": f"/home/me/{dataset}", "dataset_name": None}):
-        card = model_card(release_of(run, run={"options": OPTIONS | options}), "x/y")
-        is_hub = "train_data_dir" not in options
-        assert f"## Training data\n\n{shown if is_hub else Path(dataset).name}\n" in card
-        assert ModelCard(card).data.datasets == (listed if is_hub else None)
+        card = model_card(release_of(run, run={"options": OPTIONS | options} | known), "x/y")
+        is_named = is_hub and "train_data_dir" not in options
+        assert f"## Training data\n\n{dataset if is_named else Path(dataset).name}\n" in card
+        assert ModelCard(card).data.datasets == ([dataset] if is_named else None)
 
 
 PERSON = """---
@@ -479,7 +566,36 @@ def test_a_refusal_is_not_repeated(run, hub: ModelHub):
     )
 
 
-@pytest.mark.parametrize("kwargs", [{"timeout": 0.3}, {"interrupted": lambda: True}])
+def test_the_command_that_is_said_can_be_pasted(saved, tmp_path, hub: ModelHub):
+    spaced = Path(shutil.copytree(saved, tmp_path / "my run"))
+    hub.trouble = lambda method, path: 500
+    background, _ = uploads(spaced, is_open=False)
+    background.submit(4096)
+    command = background.finish().partition("Push it with: ")[2]
+    assert shlex.split(command) == ["python", "pipelines/publish.py", str(spaced), "somebody/digits"]
+
+
+def test_an_interrupted_wait_has_a_few_seconds_of_grace(run, hub: ModelHub):
+    """An upload that is nearly there arrives; the waiting ends after that time if it does not."""
+    hub.add("somebody/digits", {})
+    asked, go_on = threading.Event(), threading.Event()
+    hub.trouble = lambda method, path: asked.set() or None if go_on.wait(60) else 500
+    background, _ = uploads(run)
+    background.submit(4096)
+    threading.Timer(0.5, go_on.set).start()
+    assert background.finish(interrupted=lambda: True, grace=60) is None and asked.is_set()
+    assert len(hub.commits) == 1
+    hub.trouble = lambda method, path: "hang"
+    background, _ = uploads(run, delays=())
+    background.submit(4096)
+    start = time.monotonic()
+    assert background.finish(interrupted=lambda: True, grace=0.5) is not None
+    assert 0.4 < time.monotonic() - start < 5
+    hub.closing.set()
+    background.thread.join()
+
+
+@pytest.mark.parametrize("kwargs", [{"timeout": 0.3}, {"interrupted": lambda: True, "grace": 0}])
 def test_a_hub_that_hangs_does_not_hold_the_run(run, hub: ModelHub, kwargs):
     hub.trouble = lambda method, path: "hang"
     background, _ = uploads(run, delays=())

@@ -4,9 +4,12 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -83,11 +86,15 @@ def test_dry_run_sends_nothing_and_shows_all(publish, folder, hub):
 
 
 @pytest.mark.slow
-def test_publish_and_read_the_card(publish, folder, hub, environment, tmp_path):
-    """Both ways of loading that the card shows work as they stand there."""
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_publish_and_read_the_card(publish, folder, hub, environment, tmp_path, variant):
+    """Both ways of loading that the card shows work as they stand there, also for a variant alone."""
     (tmp_path / "metrics.json").write_text('{"metric": "FID", "value": 2.5, "dataset": "digits"}')
     (tmp_path / "grid.png").write_bytes(b"picture")
-    options = ("--private", "--license", "mit", "--metrics", tmp_path / "metrics.json")
+    options = ["--private", "--license", "mit", "--metrics", tmp_path / "metrics.json"]
+    if variant:
+        EDM2Pipeline.from_pretrained(folder).save_pretrained(folder, variant=variant)
+        options += ["--variant", variant]
     out = publish(folder, "digits", *options, "--sample_grid", tmp_path / "grid.png", "--commit_message", "mine")
     assert out.startswith(f"{hub.endpoint}/somebody/digits/commit/") and hub.private["somebody/digits"]
     assert hub.commits[0]["message"] == "mine" and hub.commits[0]["token"] == TOKEN
@@ -192,23 +199,57 @@ def test_a_training_pushes_its_snapshots_through_troubles(tmp_path, hub, environ
     assert "| learning_rate | 0.01 |" in on_hub["README.md"].decode()
     assert not list(run.output_dir.glob(".tmp-*")) and "not on the Hub" not in run.stderr
     assert secrets_in(run) == []
-    recorded = json.loads((run.output_dir / "config.json").read_text())["options"]
-    assert recorded["push_to_hub"] and "hub_token" not in recorded
+    recorded = json.loads((run.output_dir / "config.json").read_text())
+    assert recorded["options"]["push_to_hub"] and "hub_token" not in recorded["options"]
+    assert recorded["dataset_is_local"] is False and "## Training data\n\ndigits\n" in on_hub["README.md"].decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["error", "signal"])
+def test_a_training_that_ends_early_accounts_for_its_upload(tmp_path, hub, environment, end):
+    """After an error it says what is missing; a signal leaves an upload that is under way a few seconds."""
+    options = ("--push_to_hub", "--hub_strategy", "snapshots", "--duration", "10Mi", "--sample_every", "0")
+    started, ended = threading.Event(), threading.Event()
+
+    def slow(method: str, path: str) -> None:
+        if "/commit/" in path:
+            started.set()
+            ended.wait(60)
+
+    hub.trouble = slow
+    with Run(tmp_path / "digits", *options, "--snapshot_every", "1600", command=PYTHON) as run:
+        assert started.wait(120), run.stderr
+        if end == "signal":
+            run.send(signal.SIGTERM)
+            run.wait_for(lambda: "all is saved" in run.stdout)
+            time.sleep(1)
+        else:
+            (run.output_dir / "snapshots").rename(run.output_dir / "away")
+            (run.output_dir / "snapshots").write_bytes(b"no folder")
+            run.wait_for(lambda: "not on the Hub yet" in run.stderr)
+        ended.set()
+        assert run.wait() == (0 if end == "signal" else 1), run.stderr
+    if end == "signal":
+        assert hub.commits[0]["message"] == "EDM2Pipeline after 1600 images"
+        assert "Pushed the pipeline after 1600 images: " in run.stdout
+    else:
+        command = f"python pipelines/publish.py {run.output_dir} somebody/digits"
+        assert f"is not on the Hub yet. Push it with: {command}\n" in run.stderr
 
 
 @pytest.mark.slow
 def test_a_training_without_a_network_ends_well(tmp_path, hub, environment, publish, monkeypatch):
     """It says what is still to be pushed and how; a signal ends the waiting for the Hub, and that command does it."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    with Run(tmp_path / "digits", "--push_to_hub", "--hub_model_id", "somebody/mine", command=PYTHON) as run:
+    with Run(tmp_path / "my digits", "--push_to_hub", "--hub_model_id", "somebody/mine", command=PYTHON) as run:
         run.wait_for(lambda: "Waiting for the Hub" in run.stdout)
         run.send(signal.SIGTERM)
         assert run.wait() == 0, run.stderr
     assert metrics(run.output_dir)[-1]["nimg"] == 320
     assert "warning: --push_to_hub: ConnectError" in run.stderr and "The training goes on" in run.stderr
     (command,) = re.findall("Push it with: python (pipelines/publish.py .*)$", run.stderr, flags=re.MULTILINE)
-    assert command == f"pipelines/publish.py {run.output_dir} somebody/mine"
-    assert publish(*command.split()[1:]).startswith(f"{hub.endpoint}/somebody/mine/commit/")
+    assert command == f"pipelines/publish.py '{run.output_dir}' somebody/mine"
+    assert publish(*shlex.split(command)[1:]).startswith(f"{hub.endpoint}/somebody/mine/commit/")
     assert hub.files["somebody/mine"]["main"].keys() > {"model_index.json", "samples.png"}
 
 

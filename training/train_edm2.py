@@ -67,6 +67,8 @@ def main() -> None:
         except BaseException as error:
             # Frees the data loader, which ends its workers: they ignore the signal that Python ends them with.
             traceback.clear_frames(error.__traceback__)
+            if uploads and (remaining := uploads.finish(timeout=0)):
+                warn(remaining)
             raise
 
 
@@ -144,7 +146,9 @@ def train(
         accelerator.print(f"Resuming from {resumed}, after {nimg} of {args.duration} images.")
         del tensors, tracks
     if is_main:
-        checkpoint.write_config(run_dir, {"options": options, "versions": versions()})
+        is_local = not args.dataset_name or Path(args.dataset_name).expanduser().exists()  # later, nobody can tell
+        config = {"options": options, "dataset_is_local": is_local, "versions": versions()}
+        checkpoint.write_config(run_dir, config)
         checkpoint.truncate_metrics(run_dir / "metrics.jsonl", nimg)
         metrics_file = checkpoint.MetricsFile(run_dir / "metrics.jsonl")
     if accelerator.log_with:

@@ -6,9 +6,11 @@ The only module that knows `huggingface_hub`.
 import json
 import os
 import re
+import shlex
 import shutil
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,12 +23,23 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import disable_progress_bars, yaml_dump
 from safetensors import SafetensorError, safe_open
 
-from diffusers_edm2.pipeline_edm2 import CARD_BEGIN, CARD_END, CARD_TITLE, card_metadata, card_sections, generated_part
+from diffusers_edm2.pipeline_edm2 import (
+    CARD_BEGIN,
+    CARD_END,
+    CARD_TITLE,
+    WEIGHTS,
+    card_metadata,
+    card_sections,
+    generated_part,
+    needed_variant,
+)
 
-# Formats that run code when they are opened the usual way.
+# Formats that run code when they are opened the usual way, and those that may.
 PICKLES = frozenset((".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth"))
+MAY_HOLD_CODE = frozenset((".h5", ".hdf5", ".keras", ".mar", ".npy", ".npz", ".pt2"))
+COMPRESSED = frozenset((".bz2", ".gz", ".lz4", ".xz", ".z", ".zst"))
+HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 LIBRARIES = ("diffusers", "transformers")  # whose classes need no file in the folder
-WEIGHTS = re.compile(r"(?:\w+_)?model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-(?P<shards>\d{5}))?\.safetensors")
 INDEX = re.compile(r".+\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
 TASK = "unconditional-image-generation"
 
@@ -105,7 +118,8 @@ def collect(
         nimg: images seen; default: as the run's newest snapshot says.
 
     Raises:
-        PublishError: it holds pickles, or parts are missing, damaged or incomplete; all problems are named.
+        PublishError: it holds pickles or paths of this machine, or parts are missing, damaged or incomplete; all
+            problems are named.
     """
     files = check_folder(folder, variant)
     places = [folder] if run is None else [folder, run]
@@ -128,15 +142,19 @@ def check_folder(folder: Path, variant: str | None = None) -> dict[str, Path]:
     """All files of a pipeline folder by their path in it, without hidden ones and without weights of other variants.
 
     Raises:
-        PublishError: names every pickle and everything that is missing, damaged or incomplete.
+        PublishError: names every pickle, every path of this machine, and what is missing, damaged or incomplete.
     """
     if not (folder / "model_index.json").is_file():
         raise PublishError(f"{folder} has no model_index.json, so it is no whole pipeline; save it again.")
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
     files = {name: path for name, path in paths.items() if not re.search(r"(^|/)(\.|__pycache__/)", name)}
-    problems = [f"{name} is a pickle, which runs code when it is loaded" for name in files if _suffix(name) in PICKLES]
+    problems = [f"{name} {problem}" for name, path in files.items() if (problem := _code_problem(path))]
     files = {name: path for name, path in files.items() if variant is None or _variant(name) in ("", variant)}
-    for name, entry in _read_json(folder / "model_index.json").items():
+    index = _read_json(folder / "model_index.json")
+    for name in ("_class_name", "unet", "scheduler"):
+        if not (index.get(name) or [None])[0]:
+            problems.append(f"model_index.json names no {name}, so the pipeline is not whole; save it again")
+    for name, entry in index.items():
         if name == "_class_name" and isinstance(entry, str):
             problems.append(f"model_index.json names {entry}, whose code is not there; save it again as EDM2Pipeline")
         elif name == "_class_name":
@@ -167,6 +185,25 @@ def _component_problems(name: str, library: str, files: Mapping[str, Path], vari
     return sorted(set(problems))
 
 
+def _code_problem(path: Path) -> str | None:
+    """A pickle by its name or, as anything can be called anything, by its first bytes or what its archive holds."""
+    suffix = Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
+    if suffix in PICKLES or (path.is_file() and path.suffix != ".safetensors" and _is_pickle(path)):
+        return "is a pickle, which runs code when it is loaded"
+    return "may hold a pickle, which runs code when it is loaded" if suffix in MAY_HOLD_CODE else None
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        if re.fullmatch(rb"\x80[\x02-\x05]", file.read(2)):
+            return True
+    try:
+        with zipfile.ZipFile(path) as archive:  # the form that torch.save writes has a data.pkl
+            return any(name.lower().endswith(tuple(PICKLES)) for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
 def _file_problem(path: Path) -> str | None:
     if not path.is_file():
         return "is a link that leads nowhere"
@@ -178,9 +215,12 @@ def _file_problem(path: Path) -> str | None:
             return f"is damaged or incomplete ({error})"
     if path.suffix == ".json":
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             return f"is not JSON ({error})"
+        name = content.get("_name_or_path") if isinstance(content, dict) else None
+        if name and not (isinstance(name, str) and HUB_NAME.fullmatch(name)):
+            return f"names {name}, a path of the machine it was saved on; take its _name_or_path out"
     return None
 
 
@@ -188,10 +228,6 @@ def _variant(name: str) -> str | None:
     """Of a weights file or its index: its variant, None for the plain one. Of any other file: the empty string."""
     found = WEIGHTS.fullmatch(name.rpartition("/")[2]) or INDEX.fullmatch(name.rpartition("/")[2])
     return found["variant"] if found else ""
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
 
 
 def _is_run(folder: Path) -> bool:
@@ -265,7 +301,7 @@ def model_card(release: Release, repo: str, existing: str | None = None) -> str:
     for name, value in fields.items():
         metadata = _without_field(metadata, name) + yaml_dump({name: value})
 
-    sections = _sections(release, repo, license=_fields(metadata).get("license"))
+    sections = _sections(release, repo, own_text, license=_fields(metadata).get("license"))
     before, begin, rest = body.partition(CARD_BEGIN)
     after = rest.partition(CARD_END)[2] if begin else ""
     before = before if begin else f"{body.rstrip()}\n\n"
@@ -315,9 +351,12 @@ def _model_index(release: Release, repo: str, metadata: str) -> list[dict[str, A
     return ModelCardData(model_name=name, eval_results=kept + results).to_dict()["model-index"]
 
 
-def _sections(release: Release, repo: str, license: str | None) -> dict[str, str]:
+def _sections(release: Release, repo: str, own_text: str, license: str | None) -> dict[str, str]:
     index, network = _read_json(release.files["model_index.json"]), _read_json(release.files["unet/config.json"])
-    sections = card_sections(index, network, repo)
+    # Whoever saved the folder may have known a better scale for its two networks.
+    scale = re.search(r"\bguidance_scale=(\d+(?:\.\d+)?)", own_text.partition(CARD_BEGIN)[2])
+    settings = {"guidance_scale": float(scale[1])} if scale else {}
+    sections = card_sections(index, network, repo, variant=needed_variant(release.files), **settings)
     limits, citation = sections.pop("Limits"), sections.pop("Citation")
     if "samples.png" in release.files:
         sections[""] += "\n\n![samples](samples.png)"
@@ -379,8 +418,10 @@ def _training_data(release: Release) -> str | None:
 
 
 def _hub_dataset(release: Release) -> str | None:
+    """None where the run does not say that it came from the Hub: "prepared/digits" may have been a folder."""
     name = release.run.get("options", {}).get("dataset_name") or ""
-    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
+    is_local = release.run.get("dataset_is_local", True)
+    return name if not is_local and "/" in name and HUB_NAME.fullmatch(name) else None
 
 
 def _settings(metric: Mapping[str, Any]) -> str:
@@ -574,30 +615,33 @@ class BackgroundUploads:
         if superseded:
             shutil.rmtree(superseded[1], ignore_errors=True)
 
-    def finish(self, timeout: float = 900, interrupted: Callable[[], Any] = lambda: False) -> str | None:
+    def finish(
+        self, timeout: float = 900, interrupted: Callable[[], Any] = lambda: False, grace: float = 5
+    ) -> str | None:
         """Wait for what is on its way, and say what is still to be pushed and how, or None.
 
         Args:
-            timeout: seconds; `interrupted`, asked meanwhile, ends the waiting early.
+            timeout: seconds.
+            interrupted: asked meanwhile; once it is true, only `grace` seconds are left.
         """
         with self.changed:
             self.closing = True
             self.changed.notify_all()
-        start, told = time.monotonic(), False
-        while self.thread.is_alive() and time.monotonic() - start < timeout and not interrupted():
-            self.thread.join(0.2)
-            if not told and time.monotonic() - start > 1:
+        start, told, ending = time.monotonic(), False, False
+        end = start + timeout
+        while self.thread.is_alive() and (now := time.monotonic()) < end:
+            if not ending and interrupted():
+                ending, end = True, min(end, now + grace)
+            if not told and not ending and now - start > 1:
                 told = True
                 self.report(
                     f"Waiting for the Hub, {timeout / 60:.0f} minutes at most; Ctrl-C ends it, nothing is lost."
                 )
+            self.thread.join(max(0.0, min(0.2, end - now)))
         if self.newest == self.pushed:
             return None
-        private = " --private" if self.private else ""
-        return (
-            f"The pipeline after {self.newest} images is not on the Hub yet. Push it with: "
-            f"python pipelines/publish.py {self.run_dir} {self.repo}{private}"
-        )
+        words = ["python", "pipelines/publish.py", str(self.run_dir), self.repo, *["--private"] * bool(self.private)]
+        return f"The pipeline after {self.newest} images is not on the Hub yet. Push it with: {shlex.join(words)}"
 
     def _work(self) -> None:
         while True:

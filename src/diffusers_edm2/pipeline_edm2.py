@@ -9,8 +9,9 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -339,12 +340,13 @@ class EDM2Pipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
         card = Path(save_directory, "README.md")
         if not card.exists():
-            card.write_text(self._model_card(CARD_TITLE, "path/to/this/folder"), encoding="utf-8")
+            text = self._model_card(CARD_TITLE, "path/to/this/folder", save_directory)
+            card.write_text(text, encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(upload.pop("repo_id", Path(save_directory).name), variant=variant, **upload)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the index and the code files that it names."""
+        """Write the index and the code files that it names; where a component was loaded from stays on this machine."""
         for name, cls in self._carried_classes().items():
             folder = Path(save_directory, "" if name == "_class_name" else name)
             folder.mkdir(parents=True, exist_ok=True)
@@ -352,8 +354,7 @@ class EDM2Pipeline(DiffusionPipeline):
             (folder / f"{_file_name(cls)}.py").write_text(source, encoding="utf-8")
         for path in Path(save_directory).glob("*/config.json"):
             config = json.loads(path.read_text(encoding="utf-8"))
-            if os.path.exists(str(config.get("_name_or_path", ""))):  # a folder of this machine
-                del config["_name_or_path"]
+            if config.pop("_name_or_path", None) is not None:  # a local path cannot be told from the name of a model
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         super().save_config(save_directory, push_to_hub, **kwargs)
 
@@ -376,12 +377,13 @@ class EDM2Pipeline(DiffusionPipeline):
         """Diffusers has put the Hub's model card there, or one that says nothing, in whose place ours goes."""
         card = Path(working_dir, "README.md")
         if "model card has been automatically generated" in card.read_text(encoding="utf-8"):
-            card.write_text(self._model_card(repo_id.rpartition("/")[2], repo_id), encoding="utf-8")
+            card.write_text(self._model_card(repo_id.rpartition("/")[2], repo_id, working_dir), encoding="utf-8")
         return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
-    def _model_card(self, title: str, location: str) -> str:
-        """A README.md with what the pipeline knows of itself."""
-        sections = card_sections(self.config, self.unet.config, location)
+    def _model_card(self, title: str, location: str, folder: str | os.PathLike) -> str:
+        """A README.md with what the pipeline knows of itself, and of the weights in `folder`."""
+        names = (path.relative_to(folder).as_posix() for path in Path(folder).glob("*/*.safetensors"))
+        sections = card_sections(self.config, self.unet.config, location, variant=needed_variant(names))
         return f"---\n{card_metadata()}---\n\n# {title}\n\n{generated_part(sections)}\n"
 
     @classmethod
@@ -427,6 +429,7 @@ def _file_name(cls: type) -> str:
 
 CARD_BEGIN, CARD_END = "<!-- diffusers-edm2:begin -->", "<!-- diffusers-edm2:end -->"
 CARD_TITLE = "EDM2 pipeline"  # of a folder, which has no name of its own
+WEIGHTS = re.compile(r"(?:\w+_)?model(?:\.(?P<variant>\w+))?(?:-\d{5}-of-(?P<shards>\d{5}))?\.safetensors")
 
 
 def card_metadata() -> str:
@@ -434,12 +437,30 @@ def card_metadata() -> str:
     return "library_name: diffusers\npipeline_tag: unconditional-image-generation\ntags:\n- edm2\n"
 
 
-def card_sections(index: Mapping[str, Any], network: Mapping[str, Any], location: str) -> dict[str, str]:
+def needed_variant(names: Iterable[str]) -> str | None:
+    """The `variant` that `from_pretrained` must be given, or None; `names` are paths in a pipeline folder."""
+    variants: dict[str, set[str]] = {}
+    for component, _, name in (path.rpartition("/") for path in names):
+        if found := WEIGHTS.fullmatch(name):
+            variants.setdefault(component, set()).add(found["variant"] or "")
+    return next((min(own) for _, own in sorted(variants.items()) if "" not in own), None)
+
+
+def card_sections(
+    index: Mapping[str, Any],
+    network: Mapping[str, Any],
+    location: str,
+    *,
+    guidance_scale: float = 1.5,
+    variant: str | None = None,
+) -> dict[str, str]:
     """Markdown of the model card by heading, "" for the text before the first.
 
     Args:
         index, network: contents of model_index.json and unet/config.json.
         location: Hub id or path that `from_pretrained` takes.
+        guidance_scale: of the example, where there is a second network to guide with.
+        variant: of the weights, where there are no others.
     """
     has = {name: bool((index.get(name) or [None])[0]) for name in ("guide_unet", "vae")}
     size, channels, classes = (network[key] for key in ("sample_size", "in_channels", "num_class_embeds"))
@@ -449,7 +470,8 @@ def card_sections(index: Mapping[str, Any], network: Mapping[str, Any], location
     elif channels in (1, 3):
         sample = f"{'grey' if channels == 1 else 'RGB'} images of {size} × {size} pixels"
     labels = f"class_labels=[0, {classes - 1}], " if classes and classes > 1 else ""
-    scale = ", guidance_scale=1.5" if has["guide_unet"] else ""
+    scale = f", guidance_scale={guidance_scale}" if has["guide_unet"] else ""
+    source = f'"{location}"' + (f', variant="{variant}"' if variant else "")
     call = f"images = pipe({labels}num_inference_steps=32{scale}).images"
     about = (
         f"An [EDM2](https://arxiv.org/abs/2312.02696) diffusion model for [Diffusers]({_DIFFUSERS}): {sample}, "
@@ -463,7 +485,7 @@ def card_sections(index: Mapping[str, Any], network: Mapping[str, Any], location
 import diffusers_edm2  # makes the classes known to Diffusers
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{location}")
+pipe = DiffusionPipeline.from_pretrained({source})
 {call}
 ```
 
@@ -472,7 +494,7 @@ Without the package, Diffusers runs the `.py` files of this repository, which ar
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{location}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({source}, trust_remote_code=True)
 {call}
 ```"""
     limits = (
