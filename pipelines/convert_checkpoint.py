@@ -16,6 +16,8 @@ from diffusers_edm2.convert import (
     build_pipeline,
     download,
     model_card,
+    parse_file_name,
+    public_url,
     read_checkpoint,
     read_snapshots,
     write_folder,
@@ -118,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        if args.checkpoint and Path(args.checkpoint).is_dir():
+        if args.checkpoint and not is_url(args.checkpoint) and Path(args.checkpoint).is_dir():
             convert_run(args)
         else:
             convert_networks(args)
@@ -131,7 +133,7 @@ def convert_networks(args: Namespace) -> None:
     if os.path.lexists(args.output_dir):
         raise FileExistsError(f"--output_dir {args.output_dir} exists already; remove it or choose another name.")
     sources = [args.checkpoint, args.guide]
-    scale, facts = args.guidance_scale or 1.0, []
+    scale, facts, metrics = args.guidance_scale or 1.0, [], []
     if args.preset:
         published = PUBLISHED[args.preset]
         sources = [file and locate(args.local_dir, file) for file in (published.net, published.guide)]
@@ -139,19 +141,29 @@ def convert_networks(args: Namespace) -> None:
         facts.append(
             f"Published setting `{args.preset}`: {published.metric} {published.score} (50 000 images, 32 steps)"
         )
+        if scale == published.guidance_scale:
+            resolution = re.search(r"img(\d+)", args.preset)[1]
+            score = {
+                "metric": published.metric,
+                "value": published.score,
+                "dataset": f"ImageNet {resolution}x{resolution}",
+            }
+            metrics.append(score | {"images": 50000, "guidance_scale": scale, "source": "published by the authors"})
     vae = load_vae(args) if args.vae else None
     networks = [read_checkpoint(fetch(source, args.cache_dir), args.sigma_rel) for source in sources if source]
     main_network, guide = networks[0], networks[1] if len(networks) > 1 else None
     facts += [describe(network) for network in networks]
     if guide:
         facts.append(f"`guide_unet` is {guide.source}; guidance_scale {scale:g}")
-    names = [str(source) if is_url(str(source)) else Path(source).name for source in sources if source]
+    names = [public_url(source) if is_url(source) else Path(source).name for source in sources if source]
     card = model_card(names, args.license, facts)
 
     if args.model_only:
         write_folder(main_network.load_unet(), args.output_dir, card)
     else:
-        write_folder(build_pipeline(main_network, guide, vae), args.output_dir, card)
+        write_folder(
+            build_pipeline(main_network, guide, vae), args.output_dir, card, scale if scale != 1 else 1.5, metrics
+        )
     for fact in facts:
         print(fact)
     print(f"Wrote {args.output_dir}.")
@@ -169,15 +181,21 @@ def convert_run(args: Namespace) -> None:
             f"{args.checkpoint} is a folder of snapshots; --guide, --sigma_rel and --model_only are for single files."
         )
     vae = load_vae(args) if args.vae else None
-    checkpoints = read_snapshots(Path(args.checkpoint), lambda paths: tqdm(paths, desc="checking", unit="file"))
-    kept = write_snapshots(checkpoints, args.output_dir, lambda names: tqdm(names, desc="converting", unit="file"))
-    print(f"Wrote {len(checkpoints) - len(kept)} snapshots to {args.output_dir / 'snapshots'}", end="")
+    paths = read_snapshots(Path(args.checkpoint), lambda paths: tqdm(paths, desc="checking", unit="file"))
+    kept = write_snapshots(paths, args.output_dir, lambda names: tqdm(names, desc="converting", unit="file"))
+    print(f"Wrote {len(paths) - len(kept)} snapshots to {args.output_dir / 'snapshots'}", end="")
     print(f"; {len(kept)} were there before." if kept else ".")
     if not (args.output_dir / "pipeline").exists():
-        newest = min(checkpoints.values(), key=lambda c: (-(c.nimg or 0), c.sigma_rel))
+        newest = read_checkpoint(min(paths.values(), key=newest_first))
         card = model_card([newest.source], args.license, [describe(newest)])
         write_folder(build_pipeline(newest, vae=vae), args.output_dir / "pipeline", card)
         print(f"Wrote {args.output_dir / 'pipeline'}, of {newest.source}.")
+
+
+def newest_first(path: Path) -> tuple[int, float]:
+    """Sorts snapshots from late to early, those of one time by the length of their EMA."""
+    nimg, sigma_rel = parse_file_name(path.name)
+    return -nimg, sigma_rel
 
 
 def locate(local_dir: Path | None, file: str) -> str:
@@ -193,7 +211,7 @@ def fetch(source: str, cache_dir: Path) -> Path:
     """A local path as it is; a URL's file in the cache."""
     if not is_url(source):
         return Path(source)
-    with tqdm(desc=source.rpartition("/")[2], unit="B", unit_scale=True) as bar:
+    with tqdm(desc=public_url(source).rpartition("/")[2], unit="B", unit_scale=True) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -1,8 +1,10 @@
 """Conversion: what the network computes, what it is made of, and files that contradict themselves."""
 
+import contextlib
 import copy
 import hashlib
 import io
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +23,7 @@ from diffusers_edm2.convert import (
     interpret,
     model_card,
     parse_file_name,
+    public_url,
     read_checkpoint,
     read_snapshots,
     write_folder,
@@ -427,6 +430,24 @@ def test_interrupted_conversion_of_snapshots_goes_on(tmp_path):
     assert len(list_snapshots(tmp_path / "run")) == 4
 
 
+def test_one_snapshot_is_open_at_a_time(tmp_path):
+    """A process may often have no more than 1024 open files."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    data = dumps(tiny_content(width=64, head=64))  # large tensors stay in the file until they are loaded
+    for kimg in range(1048, 1056):
+        (raw / f"network-snapshot-{kimg:07d}-0.050.pkl").write_bytes(data)
+    before, counts = len(os.listdir("/proc/self/fd")), []
+
+    def count(things):
+        for thing in things:
+            yield thing
+            counts.append(len(os.listdir("/proc/self/fd")) - before)
+
+    assert len(write_snapshots(read_snapshots(raw, count), tmp_path / "run", count)) == 0
+    assert len(counts) == 16 and max(counts) <= 3  # the first, to compare with; the last; the listing itself
+
+
 def test_wrong_folders_of_snapshots(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConvertError, match="has no files named like network-snapshot"):
@@ -456,10 +477,19 @@ class Server:
 
     Args:
         breaks: bytes after which each of the first connections ends.
+        more: how often it sends the content again, without a word on how much there will be.
     """
 
-    def __init__(self, content: bytes = CONTENT, breaks=(), ranges: bool = True, length: int | None = None, status=200):
-        self.content, self.breaks, self.requests = content, list(breaks), []
+    def __init__(
+        self,
+        content: bytes = CONTENT,
+        breaks=(),
+        ranges: bool = True,
+        length: int | None = None,
+        status: int = 200,
+        more: int = 0,
+    ):
+        self.content, self.breaks, self.requests, self.targets = content, list(breaks), [], []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -474,15 +504,18 @@ class Server:
                 self.end_headers()
 
             def do_GET(self) -> None:
+                outer.targets.append(self.path)
                 start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if ranges else 0
                 outer.requests.append(f"GET {start}")
                 self.send_response(206 if start else 200)
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(outer.content) - 1}/{len(outer.content)}")
-                self.send_header("Content-Length", str(len(outer.content) - start))
+                if not more:
+                    self.send_header("Content-Length", str(len(outer.content) - start))
                 self.end_headers()
-                body = outer.content[start:]
-                self.wfile.write(body[: outer.breaks.pop(0)] if outer.breaks else body)
+                body = outer.content[start:] + more * outer.content
+                with contextlib.suppress(ConnectionError):  # who asked has gone
+                    self.wfile.write(body[: outer.breaks.pop(0)] if outer.breaks else body)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/edm2/x-1048-0.050.pkl"
@@ -549,7 +582,7 @@ def test_server_without_ranges(tmp_path):
     ("options", "message"),
     [
         ({"length": len(CONTENT) + 1}, "cannot be downloaded: the connection ended after 5120000 of 5120001"),
-        ({"length": len(CONTENT) - 1}, "has sent 5120000 bytes in place of 5119999"),
+        ({"length": len(CONTENT) - 1}, "has sent more than the 5119999 bytes that it had announced"),
         ({"status": 404}, "the server says 404"),
         ({"status": 503}, "cannot be downloaded: Service Unavailable"),
     ],
@@ -560,6 +593,54 @@ def test_wrong_answers(options, message, tmp_path):
     assert not list(tmp_path.glob("*/*.pkl"))
 
 
+def test_server_that_sends_too_much_does_not_fill_the_disk(tmp_path):
+    seen = []
+
+    def look(done, total):
+        seen.append(done)
+        assert all(path.stat().st_size <= total for path in tmp_path.glob("*/*"))
+
+    with Server(more=9) as server, pytest.raises(ConvertError, match="sent more than the 5120000 bytes"):
+        download(server.url, tmp_path, look)
+    assert 2**20 <= max(seen) <= len(CONTENT)
+    assert [path.stat().st_size for path in tmp_path.glob("*/*")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://me:secret@host:8000/a/b.pkl?token=secret#secret", "https://host:8000/a/b.pkl"),
+        ("https://host/b.pkl", "https://host/b.pkl"),
+        ("http://[::1]:80/b.pkl?secret", "http://[::1]:80/b.pkl"),
+        ("http://[secret/b.pkl", "'http':…"),
+        ("http://host/\x1b[2J\u202e.pkl?secret", r"http://host/\x1b[2J\u202e.pkl"),
+    ],
+)
+def test_urls_are_shown_without_secrets(url, expected):
+    assert public_url(url) == expected
+
+
+@pytest.mark.parametrize("options", [{"length": 10**7}, {"length": 9}, {"status": 404}, {"status": 503}, {"more": 1}])
+def test_no_message_shows_the_query_of_an_address(options, tmp_path):
+    with Server(**options) as server, pytest.raises(ConvertError) as caught:
+        download(f"{server.url}?token=secret", tmp_path, retries=0, wait=0.01)
+    assert "secret" not in str(caught.value) and server.url in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", ["x y=secret", "\nsecret", "σ-secret", "\x7fsecret"])
+def test_addresses_that_cannot_be_sent(rest, tmp_path):
+    with pytest.raises(ConvertError, match="http://127.0.0.1:1/a.pkl is not the http") as caught:
+        download(f"http://127.0.0.1:1/a.pkl?{rest}", tmp_path)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("port", ["", ":1"])
+def test_address_with_a_password(port, tmp_path):
+    with pytest.raises(ConvertError, match="host.invalid.* was given with a user name, which is not sent") as caught:
+        download(f"http://me:secret@host.invalid{port}/a.pkl", tmp_path, retries=0)
+    assert "secret" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 def test_server_that_is_not_there(tmp_path):
     with Server() as server:
         url = server.url
@@ -568,7 +649,17 @@ def test_server_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "ftp://x/a.pkl", "http://x/", "http://x/..", "http://x/a%2F..", "http://x/.a"]
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://x/a.pkl",
+        "http://x.pkl",
+        "http://[x/a.pkl",
+        "http://x/",
+        "http://x/..",
+        "http://x/a%2F..",
+        "http://x/.a",
+    ],
 )
 def test_addresses_that_are_not_of_a_file(url, tmp_path):
     with pytest.raises(ConvertError, match="is not the http"):

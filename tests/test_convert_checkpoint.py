@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from diffusers_edm2 import EDM2UNet2DModel
+from diffusers_edm2.hub import read_metrics
 from diffusers_edm2.published import PUBLISHED
 from diffusers_edm2.snapshots import list_snapshots
 from official_pickles import dumps, save_training_state, tiny_content, training_state
@@ -48,7 +49,10 @@ def test_published_setting_from_local_files(pickles, tmp_path, capsys):
         assert unet.out_conv.weight.float().equal(expected.float())
     assert len(pipe(class_labels=[1], num_inference_steps=2, guidance_scale=2.1).images) == 1
     card = (output / "README.md").read_text()
-    assert "license: cc-by-nc-sa-4.0" in card and "guidance_scale 2.1" in card and "FID 1.34" in card
+    assert "license: cc-by-nc-sa-4.0" in card and "FID 1.34" in card
+    assert "guidance_scale 2.1" in card and "guidance_scale=2.1)" in card
+    (score,) = read_metrics(output / "metrics.json")
+    assert (score["metric"], score["value"], score["dataset"]) == ("FID", 1.34, "ImageNet 512x512")
     assert SETTING.net in card and SETTING.guide in card and "2147483648 training images" in card
     assert str(tmp_path) not in card
     said = capsys.readouterr().out
@@ -69,6 +73,24 @@ def test_file_from_a_server(tmp_path):
         assert server.url in (tmp_path / "out/README.md").read_text()
     unet = EDM2UNet2DModel.from_pretrained(tmp_path / "out")
     assert unet.out_conv.weight.float().equal(tiny_content()["ema"].unet.out_conv.weight.float())
+
+
+def test_secrets_of_an_address_are_sent_and_not_shown(tmp_path, capsys):
+    """The signature is longer than the name of a file may be."""
+    query, cache = f"?token=hunter2{'x' * 300}", ("--cache_dir", tmp_path / "cache")
+    with Server(dumps(tiny_content())) as server:
+        url = server.url + query
+        convert(url, "--guide", url, "--output_dir", tmp_path / "out", *cache)
+        assert server.targets and all(target.endswith(query) for target in server.targets)
+    card = (tmp_path / "out/README.md").read_text()
+    assert server.url in card
+    with pytest.raises(SystemExit) as caught:
+        convert(url + "2", "--output_dir", tmp_path / "out2", *cache)
+    said = capsys.readouterr()
+    assert server.url in str(caught.value) and said.err
+    assert "hunter2" not in card + str(caught.value) + said.out + said.err
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written and not any(b"hunter2" in path.read_bytes() for path in written)
 
 
 def test_training_state(tmp_path, capsys):

@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import pickletools
-import resource
 import struct
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch
 
 from diffusers_edm2.convert import interpret
 from diffusers_edm2.pickle_reader import MAX_INSTRUCTIONS, MAX_TENSORS, Array, ConvertError, Object, read_pickle
-from fuzz_convert import watch
+from fuzz_convert import spares, watch, watch_memory
 from official_pickles import EasyDict, Persistent, dumps, tiny_content
 
 # ---- Programs by hand ----------------------------------------------------------------------------
@@ -85,11 +84,23 @@ def dtype(code: str, order: str = "<") -> bytes:
     return name("numpy.dtype") + items(text(code), b"\x89", b"\x88") + b"R" + state + b"b"
 
 
+def array_list(times: int) -> bytes:
+    """A list of one array of 4096 numbers, again and again."""
+    one = array(dtype("f8"), sizes(4096), struct.pack("<4096d", *range(4096))) + b"q\0"
+    return b"](" + one + b"h\0" * (times - 1) + b"e"
+
+
 def network(kwargs: bytes = b"}") -> bytes:
     """A network pickle without tensors whose constructor's arguments are `kwargs`."""
     state = b"}(" + text("_init_kwargs") + kwargs + text("_init_args") + b")u"
     meta = b"}(" + text("type") + text("class") + text("class_name") + text("Precond") + text("state") + state + b"u"
     return program(b"}", text("ema"), name("torch_utils.persistence._reconstruct_persistent_obj"), items(meta), b"Rs")
+
+
+def arguments(channel_mult: bytes) -> bytes:
+    """A whole set of the constructor's arguments, one of which is given."""
+    required = b"".join(text(n) + integer(4) for n in ("img_resolution", "img_channels", "label_dim"))
+    return b"}(" + required + text("channel_mult") + channel_mult + b"u"
 
 
 def bomb(opening: bytes, doubling: bytes, times: int = 60) -> bytes:
@@ -179,6 +190,15 @@ CALL = name("os.system") + items(text("touch owned")) + b"R"
 STORAGE = inner(TENSOR := torch.arange(6.0))
 GOOD = tensor(STORAGE)
 
+
+def header(key: bytes = text("0"), view: bytes = b"N") -> bytes:
+    """A storage's file whose own pickles are written otherwise than torch does."""
+    values = [integer(0x1950A86A20F9469CFC6C), integer(1001), b"}" + text("little_endian") + b"\x88s"]
+    floats = b"ctorch\nFloatStorage\n"
+    values += [items(text("storage"), floats, key, text("cpu"), integer(6), view) + b"Q", b"]" + text("0") + b"a"]
+    return b"".join(program(value, protocol=2) for value in values) + struct.pack("<q6f", 6, *range(6))
+
+
 ATTACKS: dict[str, tuple[bytes, str]] = {
     # calls
     "os.system": (pickle.dumps(Calls(os.system, "touch owned")), "names 'posix.system'"),
@@ -248,15 +268,11 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "a list bomb": (program(LIST_BOMB), "holds a tuple"),
     "a bomb as the network": (program(b"}", text("ema"), TUPLE_BOMB, b"s"), "holds 'ema', but no network"),
     "a bomb as an argument": (network(b"}" + text("channel_mult") + TUPLE_BOMB + b"s"), "unknown none; missing"),
-    "a bomb as an argument of a whole set": (
-        network(
-            b"}("
-            + b"".join(text(n) + integer(4) for n in ("img_resolution", "img_channels", "label_dim"))
-            + text("channel_mult")
-            + TUPLE_BOMB
-            + b"u"
-        ),
-        "channel_mult is a tuple, not integers",
+    "a bomb as an argument of a whole set": (network(arguments(TUPLE_BOMB)), "channel_mult is a tuple, not integers"),
+    "an array 4096 times": (network(arguments(array_list(4096))), "channel_mult is a list, not integers"),
+    "half precision of text": (
+        network(arguments(b"](K\1e" + text("use_fp16") + text("yes"))),
+        "use_fp16 is 'yes', not bool or integer",
     ),
     "itself as an item": (program(b"]q\0h\0a"), "holds a list"),
     "deep lists": (program(b"]" * 200_000, b"a" * 199_999), "holds a list"),
@@ -316,6 +332,13 @@ TENSOR_ATTACKS: dict[str, tuple[bytes, str]] = {
     "another type": (tensor(STORAGE.replace(b"torch\nFloatStorage", b"torch\nFloatStorages")), "FloatStorages'"),
     "another protocol": (tensor(STORAGE.replace(b"\x80\x02M", b"\x80\x03M")), "protocol 3 is not one of 2"),
     "many instructions": (tensor(b"\x80\x02" + b"N" * 300), "200 instructions"),
+    "a place of a view": (tensor(header(view=b")")), "unknown type torch.FloatStorage, or damaged"),
+    "a list as the place of a view": (tensor(header(view=b"]")), "unknown type torch.FloatStorage, or damaged"),
+    "more behind the place of a view": (tensor(header(view=b"NN")), "unknown type torch.FloatStorage, or damaged"),
+    "MEMOIZE in the header": (tensor(header(key=text("0") + b"\x94")), "not as torch writes them"),
+    "short text in the header": (tensor(header(key=b"\x8c\x010")), "not as torch writes them"),
+    "long text in the header": (tensor(header(key=b"\x8d\x01" + b"\0" * 7 + b"0")), "not as torch writes them"),
+    "a frame in the header": (tensor(header(key=b"\x95" + b"\0" * 8 + text("0"))), "not as torch writes them"),
     "not finite": (tensor(inner(torch.tensor([1, 2, 3, 4, 5, float("nan")]))), "not finite"),
 }
 BAD_TENSORS: dict[str, tuple[bytes, str]] = {
@@ -340,7 +363,14 @@ BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
     "text": (array(dtype("U4"), sizes(1), b"1234567890123456"), "has the type 'U4'"),
     "a structure": (array(dtype("f4,f4"), sizes(1), b"12345678"), "has the type"),
     "no type": (array(text("f4"), sizes(1), b"1234"), "has the type None"),
-    "no numbers": (array(dtype("f4"), sizes(0, 2**39, 2**39), b"1"), "has 1 bytes"),
+    "no numbers": (array(dtype("f4"), sizes(0, 7), b"1"), "has 1 bytes"),
+    "lists without numbers": (array(dtype("f4"), sizes(2**25, 0), b""), "more than 4096 numbers or lists"),
+    "many lists without numbers": (array(dtype("f4"), sizes(2**39, 0), b""), "more than 4096"),
+    "a giant shape without numbers": (array(dtype("f4"), sizes(0, 2**39, 2**39), b""), "more than 4096"),
+    "an array in place of bytes": (
+        name("numpy.core.multiarray.scalar") + items(dtype("f4"), b"]") + b"R",
+        "is damaged",
+    ),
     "too few bytes": (array(dtype("f4"), sizes(2), b"1234"), "has 4 bytes"),
     "a giant shape": (array(dtype("f4"), sizes(2**39, 2**39), b""), "more than 4096"),
     "a negative shape": (array(dtype("f4"), sizes(-1, -1), b"1234"), "damaged"),
@@ -389,8 +419,7 @@ def test_attack_is_refused(attack, warm, tmp_path, monkeypatch):
     """Within seconds and 300 MiB, with the reason, and with nothing imported, executed, opened or written."""
     monkeypatch.chdir(tmp_path)
     data, message = HOSTILE[attack]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with watch() as events, pytest.raises(ConvertError, match=message) as caught:
+    with watch_memory() as more, watch() as events, pytest.raises(ConvertError, match=message) as caught:
         if attack in PARTS:
             value, tensors = read_pickle(data)
             [t.load() for t in tensors] or value.tolist()
@@ -399,7 +428,40 @@ def test_attack_is_refused(attack, warm, tmp_path, monkeypatch):
     assert not events
     assert not list(tmp_path.iterdir())
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024 < 300
+    assert more[0] < 300
+
+
+def test_header_by_hand_is_read():
+    """So that what is refused in others like it is what they have more."""
+    (found,) = read_pickle(program(tensor(header())))[1]
+    assert found.load().equal(TENSOR)
+
+
+def test_memory_of_a_block_is_seen():
+    """Whatever was used before, and although it is free again."""
+    for size in (400, 200):
+        with watch_memory() as more:
+            bytearray(b"x") * (size * 2**20)
+        assert size - 5 < more[0] < size + 50
+
+
+@pytest.mark.parametrize(
+    ("mutated", "expected"),
+    [
+        (b"abcDEFghX", True),
+        (b"abcDxFghi", False),
+        (b"XabcDEFghi", True),
+        (b"abcghi", False),
+        (b"abcDEFghixx", True),
+        (b"abcDEFhi", True),
+        (b"abDEFghi", True),
+        (b"abcDEghi", False),
+        (b"abcDExFghi", False),
+        (b"abcxDEFghi", True),
+    ],
+)
+def test_which_changes_are_outside_of_the_numbers(mutated, expected):
+    assert spares(b"abcDEFghi", mutated, [(3, 6)]) == expected
 
 
 def test_watch_sees_what_an_attack_would_do(tmp_path):
@@ -419,4 +481,5 @@ def test_mutated_files_are_converted_or_refused():
     assert result.returncode == 0, result.stderr
     figures = {k: float(v) for k, v in (part.rsplit(" ", 1) for part in result.stdout.strip().split(", "))}
     assert figures["files"] == 2000 and 20 < figures["converted"] < 1000  # it reaches the end, and it refuses
+    assert figures["of another length"] > 5
     assert figures["slowest"] < 10 and figures["MiB more"] < 300

@@ -9,6 +9,7 @@ the shapes of the tensors, and gives every tensor its place.
 import fcntl
 import hashlib
 import http.client
+import json
 import math
 import mmap
 import os
@@ -30,11 +31,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers_edm2.ema import snapshot_name
 from diffusers_edm2.files import atomic_folder, make_folder, sync
 from diffusers_edm2.pickle_reader import Array, ConvertError, Object, Tensor, read_pickle, show
-from diffusers_edm2.pipeline_edm2 import CARD_BEGIN, EDM2Pipeline, card_metadata
+from diffusers_edm2.pipeline_edm2 import EDM2Pipeline, card_metadata, card_sections, generated_part
 from diffusers_edm2.scheduling_edm2_heun import EDM2HeunScheduler
 from diffusers_edm2.unet_edm2 import EDM2UNet2DModel
 
 MAX_TENSORS = 2_500  # of a network; the largest official one has about 220
+MAX_LIST = 64  # numbers of one setting, such as channel_mult
 LICENSE = "cc-by-nc-sa-4.0"  # of the weights that EDM2's authors published
 
 # The official constructor's arguments: what each has to be, and its default; the first three have none.
@@ -42,7 +44,7 @@ _ARGUMENTS: dict[str, tuple[str, Any]] = {
     "img_resolution": ("integer", None),
     "img_channels": ("integer", None),
     "label_dim": ("integer", None),
-    "use_fp16": ("anything", True),
+    "use_fp16": ("bool or integer", True),
     "sigma_data": ("number", 0.5),
     "logvar_channels": ("integer", 128),
     "model_channels": ("integer", 192),
@@ -348,24 +350,23 @@ def _settings(network: Object) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy numbers and arrays as Python's, tuples as lists."""
+    """Numpy numbers and arrays as Python's, short tuples as lists."""
     if isinstance(value, Array):
         return value.tolist()
-    if type(value) in (list, tuple):
-        return [item.tolist() if isinstance(item, Array) else item for item in value[:4096]]
+    if type(value) in (list, tuple) and len(value) <= MAX_LIST:
+        # Numbers only: an array that stands in many lists many times would become as many copies.
+        return [item.tolist() if isinstance(item, Array) and item.shape == () else item for item in value]
     return value
 
 
 def _is(kind: str, value: Any) -> bool:
     """Whether `value` is of a kind in `_ARGUMENTS`, and no absurd number."""
-    if kind == "anything":
-        return True
     if kind.endswith(" or None"):
         return value is None or _is(kind.removesuffix(" or None"), value)
     if kind.endswith("s"):
-        return type(value) is list and len(value) <= 64 and all(_is(kind[:-1], item) for item in value)
-    types = (int,) if kind == "integer" else (int, float)
-    return type(value) in types and abs(value) < 2**31
+        return type(value) is list and len(value) <= MAX_LIST and all(_is(kind[:-1], item) for item in value)
+    types = {"integer": (int,), "bool or integer": (bool, int), "number": (int, float)}
+    return type(value) in types[kind] and abs(value) < 2**31
 
 
 def _structure(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -555,19 +556,32 @@ def build_pipeline(main: Checkpoint, guide: Checkpoint | None = None, vae: Model
     )
 
 
-def write_folder(model: EDM2Pipeline | EDM2UNet2DModel, output_dir: Path, card: str) -> None:
+def write_folder(
+    model: EDM2Pipeline | EDM2UNet2DModel,
+    output_dir: Path,
+    card: str,
+    guidance_scale: float = 1.5,
+    metrics: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Save a pipeline or a network with its model card, whole or not at all.
 
-    The part of the card that every pipeline has is put behind `card`.
+    The part of the card that every pipeline has is put behind `card`; its example guides with `guidance_scale`. Scores
+    go to metrics.json, which publishing enters into the card.
 
     Raises:
         FileExistsError: `output_dir` exists.
     """
     with atomic_folder(output_dir) as folder:
         model.save_pretrained(folder)
-        path = folder / "README.md"
-        _, begin, generated = (path.read_text(encoding="utf-8") if path.exists() else "").partition(CARD_BEGIN)
-        path.write_text(f"{card}\n{begin}{generated}", encoding="utf-8")
+        generated = ""
+        if isinstance(model, EDM2Pipeline):
+            location = "path/to/this/folder"
+            generated = generated_part(
+                card_sections(model.config, model.unet.config, location, guidance_scale=guidance_scale)
+            )
+        if metrics:
+            (folder / "metrics.json").write_text(json.dumps(list(metrics), indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(f"{card}\n{generated}\n", encoding="utf-8")
 
 
 def model_card(sources: Sequence[str], license: str, facts: Sequence[str] = ()) -> str:
@@ -621,8 +635,10 @@ def parse_file_name(name: str) -> tuple[int, float] | None:
     raise AssertionError("1 divides every number")
 
 
-def read_snapshots(folder: Path, progress: Callable[[list[Path]], Iterable[Path]] = iter) -> dict[str, Checkpoint]:
+def read_snapshots(folder: Path, progress: Callable[[list[Path]], Iterable[Path]] = iter) -> dict[str, Path]:
     """The raw snapshots of a training run, by the names that their folders get; all are checked, none is loaded.
+
+    They are closed again: a run may have more files than a process may have open.
 
     Args:
         folder: has files such as `network-snapshot-0134217-0.050.pkl`; others are left out.
@@ -632,41 +648,54 @@ def read_snapshots(folder: Path, progress: Callable[[list[Path]], Iterable[Path]
         ConvertError: there is none, one cannot be converted, or they are of different networks.
     """
     paths = sorted(path for path in folder.iterdir() if parse_file_name(path.name))
-    found: dict[str, Checkpoint] = {}
+    found: dict[str, Path] = {}
+    first = None
     for path in progress(paths):
         checkpoint = read_checkpoint(path)
-        first = next(iter(found.values()), checkpoint)
+        first = first or checkpoint
         for name in ("config", "sigma_data", "latents_mean", "latents_std"):
             if getattr(first, name) != getattr(checkpoint, name):
                 raise ConvertError(f"{path} is of another network than {folder / first.source}: {name} differs.")
         assert checkpoint.nimg is not None and checkpoint.sigma_rel is not None  # by its name
         if (name := snapshot_name(checkpoint.nimg, checkpoint.sigma_rel)) in found:
-            raise ConvertError(f"{path} and {found[name].source} are of the same time and length; remove one of them.")
-        found[name] = checkpoint
+            raise ConvertError(f"{path} and {found[name].name} are of the same time and length; remove one of them.")
+        found[name] = path
     if not found:
         raise ConvertError(f"{folder} has no files named like network-snapshot-0134217-0.050.pkl (kimg, EMA length).")
     return found
 
 
 def write_snapshots(
-    checkpoints: Mapping[str, Checkpoint], run_dir: Path, progress: Callable[[list[str]], Iterable[str]] = iter
+    paths: Mapping[str, Path], run_dir: Path, progress: Callable[[list[str]], Iterable[str]] = iter
 ) -> list[str]:
     """Write `run_dir/snapshots/<name>` of each, one after the other. Returns the names that were there before.
 
     Each folder appears whole or not at all, so that an interrupted conversion goes on where it stopped.
+
+    Raises:
+        ConvertError: a file cannot be converted.
     """
     kept = []
-    for name in progress(list(checkpoints)):
+    for name in progress(list(paths)):
         path = run_dir / "snapshots" / name
         if path.exists():
             kept.append(name)
             continue
         with atomic_folder(path) as folder:
-            checkpoints[name].load_unet().save_pretrained(folder)
+            read_checkpoint(paths[name]).load_unet().save_pretrained(folder)
     return kept
 
 
 # ---- Download ------------------------------------------------------------------------------------
+
+
+def public_url(url: str) -> str:
+    """A URL for people to read: without user, password, query and fragment, which may be secrets."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return show(url.partition(":")[0]) + ":…"
+    return ascii(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")[1:-1]
 
 
 def download(
@@ -682,7 +711,7 @@ def download(
     when it has the size that the server said. A version of the file with another ETag has another `.part` file.
 
     Args:
-        url: http or https.
+        url: http or https; its query, which may be a secret, is sent and never shown.
         progress: called with the bytes that are there and the size.
         retries: how many times in a row a connection may fail without a byte more.
         wait: seconds before the first retry; twice as long before each next one.
@@ -690,10 +719,14 @@ def download(
     Raises:
         ConvertError: the server does not have the file, cannot be reached, or sends something else than it said.
     """
-    parts = urllib.parse.urlsplit(url)
-    name = urllib.parse.unquote(parts.path).rpartition("/")[2]
-    if parts.scheme not in ("http", "https") or not re.fullmatch(r"\w[\w.+-]{0,200}", name, re.ASCII):
-        raise ConvertError(f"{url} is not the http(s) address of a file.")
+    shown = public_url(url)
+    name = urllib.parse.unquote(urllib.parse.urlsplit(shown).path).rpartition("/")[2]
+    # Other characters than these cannot be sent, and the errors about them would show all of the URL.
+    plain = re.fullmatch(r"(?i:https?)://[!-~]+", url)
+    if not plain or not re.fullmatch(r"\w[\w.+-]{0,200}", name, re.ASCII):
+        raise ConvertError(f"{shown} is not the http(s) address of a file.")
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise ConvertError(f"{shown} was given with a user name, which is not sent; download it and give the file.")
     folder = cache_dir / hashlib.sha256(url.encode()).hexdigest()[:16]  # files of one name on two servers
     path = folder / name
     if path.exists():
@@ -713,7 +746,8 @@ def download(
             error.close()
             if error.code < 500 and error.code != 429:
                 raise ConvertError(
-                    f"{url} cannot be downloaded: the server says {error.code} {error.reason}."
+                    f"{shown} cannot be downloaded: the server says {error.code} "
+                    f"{http.client.responses.get(error.code, '')}."
                 ) from error
             reason: Exception = error
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
@@ -723,7 +757,7 @@ def download(
         before = max(before, done)
         if failures > retries:
             raise ConvertError(
-                f"{url} cannot be downloaded: {getattr(reason, 'reason', reason)}. {done} bytes are there; the same "
+                f"{shown} cannot be downloaded: {getattr(reason, 'reason', reason)}. {done} bytes are there; the same "
                 "command goes on from them."
             ) from reason
         time.sleep(wait * 2 ** max(failures - 1, 0))
@@ -733,12 +767,15 @@ def _ask_size(url: str) -> tuple[int, str]:
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as response:
         length = response.headers.get("Content-Length", "")
         if not length.isdecimal():
-            raise ConvertError(f"{url}: the server does not say how large it is, so that it cannot be checked.")
+            raise ConvertError(
+                f"{public_url(url)}: the server does not say how large it is, so that it cannot be checked."
+            )
         return int(length), response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
 
 
 def _fetch(url: str, part: Path, size: int, progress: Callable[[int, int], Any]) -> None:
-    """Append to `part` what it lacks to `size` bytes."""
+    """Append to `part` what it lacks to `size` bytes, and never more."""
+    shown = public_url(url)
     with open(part, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -746,7 +783,7 @@ def _fetch(url: str, part: Path, size: int, progress: Callable[[int, int], Any])
             raise ConvertError(f"{part} is being downloaded by another process; wait for it.") from error
         done = file.seek(0, os.SEEK_END)
         if size - done > (free := shutil.disk_usage(part.parent).free):
-            raise ConvertError(f"{url} has {size - done} more bytes, but only {free} are free in {part.parent}.")
+            raise ConvertError(f"{shown} has {size - done} more bytes, but only {free} are free in {part.parent}.")
         request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
         if done < size:
             with urllib.request.urlopen(request, timeout=30) as response:
@@ -754,15 +791,14 @@ def _fetch(url: str, part: Path, size: int, progress: Callable[[int, int], Any])
                     done = 0
                     file.truncate(0)
                 elif done and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-                    raise ConvertError(f"{url}: the server sends another part of the file than the one asked for.")
-                while block := response.read(2**20):
+                    raise ConvertError(f"{shown}: the server sends another part of the file than the one asked for.")
+                while (block := response.read(2**20)) and (done := done + len(block)) <= size:
                     file.write(block)
-                    done += len(block)
                     progress(done, size)
         file.flush()
         os.fsync(file.fileno())
         if done > size:
             file.truncate(0)
-            raise ConvertError(f"{url} has sent {done} bytes in place of {size}; try again.")
+            raise ConvertError(f"{shown} has sent more than the {size} bytes that it had announced; try again.")
         if done < size:
             raise ConnectionError(f"the connection ended after {done} of {size} bytes")

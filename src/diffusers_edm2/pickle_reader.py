@@ -102,8 +102,11 @@ class Array:
         shape, raw = self.shape, self.raw
         if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
             raise ConvertError(f"a numpy array has the type {show(code)}; only numbers are read.")
-        if not _is_shape(shape) or math.prod(shape) > 4096 or not isinstance(raw, (bytes, bytearray, memoryview)):
-            raise ConvertError("a numpy array among the settings is damaged, or has more than 4096 numbers.")
+        if not _is_shape(shape) or not isinstance(raw, (bytes, bytearray, memoryview)):
+            raise ConvertError("a numpy array among the settings is damaged.")
+        # An axis of 0 leaves no numbers, but the axes before it still become lists.
+        if math.prod(max(size, 1) for size in shape) > 4096:
+            raise ConvertError("a numpy array among the settings has more than 4096 numbers or lists of them.")
         if len(raw) != math.prod(shape) * int(code[1]):
             raise ConvertError(f"a numpy array of shape {shape} and type {code} has {len(raw)} bytes.")
         return np.frombuffer(raw, np.dtype(self.dtype.order + code)).reshape(shape).tolist()
@@ -124,13 +127,21 @@ class Storage:
         return _read_legacy_header(self.data)
 
     def load(self) -> torch.Tensor:
-        """All numbers, as a new tensor [N]."""
+        """All numbers, as a new tensor [N].
+
+        Raises:
+            ConvertError: the bytes are damaged.
+        """
         dtype, count = self.header()
         if self.dtype is not None:
             if zlib.crc32(self.data) != self.crc:
                 raise ConvertError("its checksum in the zip file is wrong: it is damaged.")
-            return torch.frombuffer(bytearray(self.data), dtype=dtype)
-        storage = torch.load(io.BytesIO(self.data), map_location="cpu", weights_only=True)
+            # torch refuses an empty buffer
+            return torch.frombuffer(bytearray(self.data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        try:
+            storage = torch.load(io.BytesIO(self.data), map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever it is, it advises to load the file with less care
+            raise ConvertError("the bytes of a tensor are not as torch writes them.") from error
         return torch.empty(0, dtype=dtype).set_(storage, 0, (count,), (1,))
 
 
@@ -531,11 +542,11 @@ class _StorageId(NamedTuple):
 
 
 def _storage_id(persistent_id: Any) -> _StorageId:
-    """What ("storage", torch.FloatStorage, key, device, count) says."""
+    """What ("storage", torch.FloatStorage, key, device, count) says; None may follow, in place of a view's place."""
     if len(persistent_id) < 5 or persistent_id[0] != "storage" or not isinstance(persistent_id[1], Global):
         raise ConvertError("a persistent id is not that of a storage.")
     dtype, key, count = _STORAGES.get(persistent_id[1].name), persistent_id[2], persistent_id[4]
-    if dtype is None or type(key) is not str or not _is_shape((count,)):
+    if dtype is None or type(key) is not str or not _is_shape((count,)) or persistent_id[5:] not in ((), (None,)):
         raise ConvertError(f"a storage is of the unknown type {persistent_id[1].name}, or damaged.")
     return _StorageId(dtype, key, count)
 
