@@ -133,7 +133,7 @@ def convert_networks(args: Namespace) -> None:
     if os.path.lexists(args.output_dir):
         raise FileExistsError(f"--output_dir {args.output_dir} exists already; remove it or choose another name.")
     sources = [args.checkpoint, args.guide]
-    scale, facts, metrics = args.guidance_scale or 1.0, [], []
+    scale, facts, metrics = 1.0 if args.guidance_scale is None else args.guidance_scale, [], []
     if args.preset:
         published = PUBLISHED[args.preset]
         sources = [file and locate(args.local_dir, file) for file in (published.net, published.guide)]
