@@ -1,6 +1,7 @@
 """What the README shows works: Python blocks run, commands have options that exist, links lead somewhere."""
 
 import importlib.util
+import itertools
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_edm2 import EDM2HeunScheduler, EDM2Pipeline
+from diffusers_edm2.ema import snapshot_name
 from diffusers_edm2.training_options import build_parser
 from test_unet_edm2 import active_unet
 
@@ -30,8 +32,8 @@ def run(code: str, folder: Path) -> None:
 def test_sampling_blocks_run(tmp_path):
     unet = active_unet(sample_size=8, in_channels=1, attention_resolutions=(4,))
     EDM2Pipeline(unet, EDM2HeunScheduler()).save_pretrained(tmp_path / "runs/digits/pipeline")
-    for name in ("unet-000016384-0.100", "unet-000131072-0.150"):
-        unet.save_pretrained(tmp_path / "runs/digits/snapshots" / name)
+    for nimg, sigma_rel in itertools.product((16384, 131072), (0.10, 0.15)):
+        unet.save_pretrained(tmp_path / "runs/digits/snapshots" / snapshot_name(nimg, sigma_rel))
     blocks = python_blocks("Sample")
     assert len(blocks) == 3
     checks = "\nassert len(images) == 2 and images[0].size == (8, 8) and pipe.guide_unet is guide\n"
